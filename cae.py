@@ -70,8 +70,8 @@ def _check_mask(grid, num_masked):
     rows, columns = grid
     if not 0 < num_masked < rows * columns:
         raise ValueError(
-            f"num_masked is {num_masked}: of {rows} x {columns} patches between 1 and {rows * columns - 1} can be masked, "
-            "so that at least one is visible"
+            f"num_masked is {num_masked}: of {rows} x {columns} patches, 1 to {rows * columns - 1} can be masked, "
+            "so that at least one stays visible"
         )
     return rows, columns
 
@@ -326,9 +326,9 @@ class CAEConfig:
             self.supervise in ("visible", "masked", "both"),
             f"supervise is {self.supervise!r}: it is visible, masked or both",
         )
-        for name in "image_size patch_size dim depth heads regressor_dim regressor_heads target_dim".split():
+        positive = ["image_size", "patch_size", "dim", "depth", "heads", "target_dim"]
+        for name in positive + ["regressor_dim", "regressor_depth", "regressor_heads"]:
             require(getattr(self, name) > 0, f"{name} is {getattr(self, name)}: it must be positive")
-        require(self.regressor_depth >= 1, f"regressor_depth is {self.regressor_depth}: it must be at least 1")
         require(self.decoder_depth >= 0, f"decoder_depth is {self.decoder_depth}: it must not be negative")
         require(
             self.image_size % self.patch_size == 0,
@@ -600,7 +600,7 @@ class CAE(
         return self.latents(images, masked, stochastic=False)[:, 1:]
 
     def encode(self, images):
-        """images (B, 3, H, W), any size that the patch divides -> (B, 1 + N, D), class token first, after the final LN."""
+        """images (B, 3, H, W) of any size that the patch divides -> (B, 1 + N, D), class token first, final LN."""
         return self.encoder(images)
 
     @classmethod

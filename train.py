@@ -1,0 +1,1182 @@
+"""Pretrain a context autoencoder (CAE, CAE v2) on images, with Hugging Face Accelerate.
+
+    accelerate launch train.py --size base --mask-ratio 0.5      CAE v2-B on streamed ImageNet-1K, CLIP ViT-B/16
+    accelerate launch train.py --dataset demo                    minutes on two CPU cores, offline
+
+Everything random about an image (its place in the pass, crop, flip, colours, mask) is a pure function of the seed, the
+pass and the image's place in the data; everything random in a step (stochastic depth) one of the seed and the step.
+No generator state has to survive a restart.
+
+Read in this order: arguments and recipes, images, data streams, teachers, schedules, checkpoints, the loop.
+"""
+
+import copy
+import dataclasses
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import re
+import shutil
+import sys
+import tarfile
+import time
+import warnings
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import pyarrow.parquet as pq
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import gather_object
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+from PIL import Image, ImageFile
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from torchvision.io import ImageReadMode, decode_jpeg
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as TF
+from tqdm.auto import tqdm
+
+from cae import CAE, CAEConfig, block_mask, patch_grid, patchify, random_mask
+
+DEMO = Path(__file__).resolve().parent / "demo"
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+class UserError(Exception):
+    """What the user gave cannot work: one line that names the thing and the remedy; exit code 2."""
+
+
+class BadFilesError(UserError):
+    """Too many undecodable files: one rank may see it alone, and says so itself."""
+
+
+class RunError(Exception):
+    """The run itself went wrong: one line; exit code 1."""
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Arguments. Values of None follow from others; `resolve` fills them in.
+
+
+@dataclass
+class DataArgs:
+    """Which images, and how they reach the model."""
+
+    dataset: str = "ILSVRC/imagenet-1k"
+    """Hub id; local folder (class subfolders, Parquet or webdataset .tar) or file; or `demo`."""
+    split: str = "train"
+    """Split of the data set."""
+    image_column: str | None = None
+    """Column with the images. Default: `image`, or the first column of images."""
+    label_column: str | None = None
+    """Column with the labels; pretraining only checks that it exists. Default: `label`, where there is one."""
+    streaming: bool = False
+    """Read shards as a stream instead of downloading them first (Parquet, tar). Default: on for Hub ids and `demo`."""
+    num_images: int | None = None
+    """Images in the split. Default: read from the data; needed for remote tar shards only."""
+    batch_size: int | None = None
+    """Images per process and forward pass. Default: 256, or the effective batch size's share if that is less."""
+    effective_batch_size: int | None = None
+    """Images per optimizer step over all processes; gradients are accumulated to reach it. Default: 2048 (nano 256)."""
+    workers: int | None = None
+    """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 8."""
+    shuffle_window: int = 512
+    """Streams: images of a worker that are shuffled among each other."""
+    interleave: int = 4
+    """Streams: shards that a worker reads in turn, one image each."""
+
+
+@dataclass
+class RunArgs:
+    """How long, where to, and on what."""
+
+    run_dir: str | None = None
+    """Run folder. Default: runs/METHOD-SIZE, with -demo for the demo."""
+    epochs: float | None = None
+    """Passes over the data. Default: 300 (nano 40)."""
+    steps: int | None = None
+    """Optimizer steps, instead of epochs."""
+    seed: int = 0
+    """Seed of everything random."""
+    log_every: int = 20
+    """Steps between log lines. Only there does the host wait for the device."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep: int = 3
+    """Checkpoints kept in the run folder."""
+    resume: str = "auto"
+    """auto: continue the run folder; never: refuse one that holds a run; PATH: start from this checkpoint or run."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Accelerate tracker that receives every logged value, beside log.jsonl."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast. auto: bf16 on a GPU that has it, otherwise fp32."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+
+
+@dataclass
+class ModelArgs:
+    """The model. Defaults are the size's and the method's (SIZES in cae.py)."""
+
+    size: Literal["nano", "tiny", "small", "base", "large", "huge"] | None = None
+    """Encoder size. Default: base (demo: nano)."""
+    method: Literal["cae-v2", "cae"] = "cae-v2"
+    """CAE v2 (CLIP latents) or CAE (codes or pixels, with a decoder)."""
+    image_size: int | None = None
+    """Side of the square crop, in pixels. Default: 224 (nano and demo: 28)."""
+    patch_size: int | None = None
+    """Side of a patch, in pixels. Default: 16 (nano and demo: 4)."""
+    regressor_dim: int | None = None
+    """Width of regressor and decoder."""
+    regressor_depth: int | None = None
+    """Blocks of the regressor."""
+    regressor_heads: int | None = None
+    """Attention heads of regressor and decoder."""
+    decoder_depth: int | None = None
+    """Blocks of the decoder (cae)."""
+    layer_scale: float | None = None
+    """Initial LayerScale."""
+    drop_path: float | None = None
+    """Stochastic depth of the last block."""
+
+
+@dataclass
+class TargetArgs:
+    """What is masked and what is predicted."""
+
+    mask: Literal["block", "random"] = "block"
+    """Block-wise or uniformly random masks."""
+    mask_ratio: float | None = None
+    """Masked share of the patches. Default: 0.5; with cae-v2 tiny 0.15, nano and small 0.25."""
+    min_block: int | None = None
+    """Smallest area of a masked block, in patches. Default: 16 (nano 4)."""
+    target: Literal["clip", "dalle", "pixels"] | None = None
+    """clip (cae-v2); DALL-E's codes or pixels (cae). Default: clip; dalle, with the demo pixels."""
+    teacher: str | None = None
+    """Hub id or folder. Default: openai/clip-vit-base-patch16 (demo/clip_teacher), facebook/flava-image-codebook."""
+    normalize_pixels: bool = False
+    """Pixels: normalise every patch by its own mean and variance, as MAE does."""
+    supervise: Literal["visible", "masked", "both"] = "both"
+    """Tokens in the loss of cae-v2. `visible` does not run the regressor."""
+    align_weight: float = 2.0
+    """Weight of the latent alignment, the paper's lambda (cae)."""
+    reconstruct_weight: float = 1.0
+    """Weight of the reconstruction (cae)."""
+
+
+@dataclass
+class RecipeArgs:
+    """Optimisation and augmentation."""
+
+    lr: float | None = None
+    """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano 1.6e-2)."""
+    min_lr: float = 1e-5
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float | None = None
+    """Linear warm-up from 0. Default: 1/30 of a run up to 300 epochs, 1/40 of a longer one."""
+    weight_decay: float = 0.05
+    """Weight decay; none on parameters of one dimension, nor on class and mask tokens."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end, reached by a cosine. Default: constant."""
+    beta1: float = 0.9
+    """AdamW, first moment."""
+    beta2: float = 0.999
+    """AdamW, second moment."""
+    adam_eps: float = 1e-8
+    """AdamW, epsilon."""
+    clip_grad: float = 3.0
+    """Largest norm of the gradient; 0 does not clip."""
+    crop_scale: tuple[float, float] | None = None
+    """Area of the random crop. Default: 0.4 1.0 (cae-v2), 0.08 1.0 (cae)."""
+    color_jitter: float | None = None
+    """Strength of brightness, contrast and saturation jitter. Default: 0.4 (cae-v2), 0 (cae)."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+
+
+@dataclass
+class Args:
+    """Pretrain CAE v2 or CAE. Run with `accelerate launch train.py`, on one device or many."""
+
+    model: ModelArgs = field(default_factory=ModelArgs)
+    data: DataArgs = field(default_factory=DataArgs)
+    target: TargetArgs = field(default_factory=TargetArgs)
+    recipe: RecipeArgs = field(default_factory=RecipeArgs)
+    run: RunArgs = field(default_factory=RunArgs)
+
+
+MASK_RATIO = {"nano": 0.25, "tiny": 0.15, "small": 0.25, "base": 0.5, "large": 0.5, "huge": 0.5}  # of CAE v2
+
+
+def parse(argv=None):
+    """Command line -> Args. The default of --streaming depends on the data set, hence the second reading."""
+    first = tyro.cli(Args, args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    default = Args(data=DataArgs(streaming=local_path(first.data.dataset) is None or first.data.dataset == "demo"))
+    return tyro.cli(Args, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+
+
+def resolve(args, world=1):
+    """Args with every None filled in from the recipe of its size, method and data set. Raises UserError.
+
+    The result has numbers throughout (but for what only the data know), and is what config.json holds.
+    """
+    args = copy.deepcopy(args)
+    model, data, target, recipe, run = args.model, args.data, args.target, args.recipe, args.run
+    demo, v2_method = data.dataset == "demo", model.method == "cae-v2"
+
+    def default(group, name, value):
+        if getattr(group, name) is None:
+            setattr(group, name, value)
+
+    def require(condition, message):
+        if not condition:
+            raise UserError(message)
+
+    default(model, "size", "nano" if demo else "base")
+    nano = model.size == "nano"
+    default(model, "image_size", 28 if demo or nano else 224)
+    default(model, "patch_size", 4 if demo or nano else 16)
+    default(target, "mask_ratio", MASK_RATIO[model.size] if v2_method else 0.5)
+    default(target, "min_block", 4 if nano else 16)
+    default(target, "target", "clip" if v2_method else "pixels" if demo else "dalle")
+    clip = str(DEMO / "clip_teacher") if demo else "openai/clip-vit-base-patch16"
+    require(target.teacher is None or target.target != "pixels", "--teacher has no use with --target pixels: drop one")
+    default(target, "teacher", {"clip": clip, "dalle": "facebook/flava-image-codebook", "pixels": ""}[target.target])
+    default(recipe, "lr", 1.6e-2 if nano else 1.5e-3)
+    default(recipe, "crop_scale", (0.4, 1.0) if v2_method else (0.08, 1.0))
+    default(recipe, "color_jitter", 0.4 if v2_method else 0.0)
+    default(recipe, "weight_decay_end", recipe.weight_decay)
+    require(run.epochs is None or run.steps is None, "--epochs and --steps are both given: give one")
+    if run.steps is None:
+        default(run, "epochs", 40.0 if nano else 300.0)
+    default(run, "run_dir", f"runs/{model.method}-{model.size}{'-demo' if demo else ''}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    default(data, "workers", max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+    given = data.effective_batch_size is not None
+    default(data, "effective_batch_size", 256 if nano else 2048)
+    default(data, "batch_size", max(1, min(256, data.effective_batch_size // world)))
+    per_pass = data.batch_size * world
+    if not given:  # the recipe's, as near as this number of processes comes to it
+        data.effective_batch_size = per_pass * max(1, round(data.effective_batch_size / per_pass))
+
+    for name, group in (("batch_size", data), ("effective_batch_size", data), ("shuffle_window", data),
+                        ("interleave", data), ("log_every", run), ("checkpoint_every", run), ("keep", run)):
+        require(getattr(group, name) > 0, f"--{name.replace('_', '-')} is {getattr(group, name)}: it must be positive")
+    require(data.workers >= 0, f"--workers is {data.workers}: it must not be negative")
+    require(
+        data.effective_batch_size % per_pass == 0,
+        f"--effective-batch-size {data.effective_batch_size} is not a multiple of --batch-size {data.batch_size} times "
+        f"{world} processes: try {per_pass * max(1, round(data.effective_batch_size / per_pass))}",
+    )
+    length = run.steps if run.epochs is None else run.epochs
+    require(length > 0, f"--{'steps' if run.epochs is None else 'epochs'} is {length}: it must be positive")
+    require(0 < target.mask_ratio < 1, f"--mask-ratio is {target.mask_ratio}: it must lie between 0 and 1")
+    require(target.min_block > 0, f"--min-block is {target.min_block}: it must be positive")
+    require(
+        target.target in (("clip",) if v2_method else ("dalle", "pixels")),
+        f"--method {model.method} cannot predict --target {target.target}: cae-v2 takes clip, cae dalle or pixels",
+    )
+    low, high = recipe.crop_scale
+    require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
+    require(0 <= recipe.color_jitter <= 1, f"--color-jitter is {recipe.color_jitter}: it must lie between 0 and 1")
+    require(0 <= recipe.flip <= 1, f"--flip is {recipe.flip}: it must lie between 0 and 1")
+    if run.tracker != "none" and find_spec(run.tracker) is None:
+        raise UserError(f"--tracker {run.tracker} is not installed: pip install {run.tracker}")
+    config = model_config(args)
+    masked = num_masked(args, config)
+    require(
+        0 < masked < config.num_patches,
+        f"--mask-ratio {target.mask_ratio} masks {masked} of {config.num_patches} patches: "
+        "at least one must be masked and one visible",
+    )
+    return args
+
+
+def model_config(args, **overrides):
+    """The CAEConfig of these arguments. Raises UserError."""
+    names = [f.name for f in dataclasses.fields(ModelArgs) if f.name not in ("size", "method")]
+    fields = {n: getattr(args.model, n) for n in names if getattr(args.model, n) is not None}
+    weights = dict(align_weight=args.target.align_weight, reconstruct_weight=args.target.reconstruct_weight)
+    if args.model.method == "cae-v2":
+        weights = dict(supervise=args.target.supervise)
+    if args.target.target == "pixels":
+        overrides["target_dim"] = 3 * args.model.patch_size**2
+    try:
+        return CAEConfig.from_size(args.model.size, args.model.method, **fields, **weights, **overrides)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def num_masked(args, config):
+    """ceil(mask ratio * N), so 0.15 of 196 is 30."""
+    return math.ceil(args.target.mask_ratio * config.num_patches - 1e-9)
+
+
+def flat(args):
+    """{flag name: value} of all groups."""
+    return {k: v for group in dataclasses.asdict(args).values() for k, v in group.items()}
+
+
+def key(*parts):
+    """A 63-bit seed that is a pure function of its integer parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def permutation(n, *parts):
+    """A permutation of n that is a pure function of its integer parts, as a list."""
+    return torch.randperm(n, generator=torch.Generator().manual_seed(key(*parts))).tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Images: bytes -> uint8 RGB -> crop.
+
+ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of a cut-off file is used, the rest is grey
+
+
+def decode(data):
+    """Encoded bytes of any common format -> uint8 (3, H, W). Raises an exception of any kind for what is no image.
+
+    torchvision's decoder for JPEG; Pillow for all else and for what that decoder refuses (truncated or odd files).
+    """
+    if data[:2] == b"\xff\xd8":
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError:
+            pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken EXIF and the like; the pixels decide
+        image = Image.open(io.BytesIO(data))
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to 255
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
+        if image.mode in ("PA", "LA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return TF.pil_to_tensor(image.convert("RGB"))
+
+
+class Crops:
+    """The student's view: one random crop of an image, and its mask. A pure function of the image and a seed.
+
+    The released code jitters colours before it crops. Here the crop is jittered, at a fifth of the cost for an image
+    of 500 x 375: contrast is then relative to the crop's mean grey instead of the whole image's.
+    """
+
+    names = ("images", "visible", "masked")
+
+    def __init__(self, args, config):
+        self.grid, self.num_masked = config.grid, num_masked(args, config)
+        self.mask, self.min_block = args.target.mask, args.target.min_block
+        jitter = [v2.ColorJitter(*[args.recipe.color_jitter] * 3)] if args.recipe.color_jitter else []
+        self.transform = v2.Compose([
+            v2.RandomResizedCrop(
+                config.image_size, args.recipe.crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+            ),
+            v2.RandomHorizontalFlip(args.recipe.flip),
+            *jitter,
+        ])  # fmt: skip
+
+    def __call__(self, image, seed):
+        """uint8 (3, H, W) -> uint8 (3, S, S), visible (Nv), masked (Nm)."""
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would also queue a call for a GPU, each time
+        image = self.transform(image)
+        if self.mask == "block":
+            visible, masked = block_mask(1, self.grid, self.num_masked, min_block=self.min_block)
+        else:
+            visible, masked = random_mask(1, self.grid, self.num_masked)
+        return image, visible[0], masked[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data sets: opening one, with every mistake named.
+
+
+@dataclass
+class Source:
+    """An opened data set. `data` yields {image_column: {"bytes", "path"}, ...}; decoding is ours, so that one bad file
+    does not end an iterator."""
+
+    data: datasets.Dataset | datasets.IterableDataset
+    image_column: str
+    label_column: str | None
+    num_images: int | None
+    name: str
+
+    @property
+    def streaming(self):
+        return isinstance(self.data, datasets.IterableDataset)
+
+
+def local_path(dataset):
+    """Path of a local data set; None for a Hub id. Raises UserError for a path that does not exist."""
+    if dataset == "demo":
+        return DEMO / "fashion_mnist"
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", dataset):
+        raise UserError(f"data set {dataset} does not exist: no such folder or file, and not an id of the Hub")
+    return None
+
+
+def open_source(args, slots=1):
+    """DataArgs -> Source. `slots` is how many processes share a stream. Raises UserError."""
+    path = local_path(args.dataset)
+    try:
+        if path is None:
+            builder = datasets.load_dataset_builder(args.dataset)
+        elif path.is_file():
+            kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
+            if kind is None:
+                raise UserError(f"data set {path} is neither a folder nor a .parquet or .tar file")
+            builder = datasets.load_dataset_builder(kind, data_files={"train": str(path)})
+        else:
+            builder = datasets.load_dataset_builder(str(path))
+    except (GatedRepoError, datasets.exceptions.DatasetNotFoundError) as error:
+        if isinstance(error, GatedRepoError) or "gated" in str(error):
+            raise UserError(
+                f"data set {args.dataset} is gated: accept its terms at https://huggingface.co/datasets/{args.dataset} "
+                "and log in with `hf auth login` (or set HF_TOKEN)"
+            ) from error
+        raise UserError(
+            f"data set {args.dataset} was not found on the Hub (nor as a local folder): check the id; "
+            "a private one needs `hf auth login`"
+        ) from error
+    except (datasets.exceptions.DatasetsError, FileNotFoundError) as error:
+        if path is None:
+            raise UserError(f"data set {args.dataset} cannot be read: {first_line(error)}") from error
+        raise UserError(f"data set folder {path} holds no images, Parquet or .tar files") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
+        raise UserError(f"data set {args.dataset} cannot be reached: {first_line(error)}") from error
+
+    streams = builder.name in ("parquet", "webdataset")  # folders of images are read in place, at random
+    try:
+        if args.streaming and streams:
+            splits = builder.as_streaming_dataset()
+        else:
+            builder.download_and_prepare()
+            splits = builder.as_dataset()
+    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
+        raise UserError(f"data set {args.dataset} cannot be read: {first_line(error)}") from error
+    if args.split not in splits:
+        raise UserError(f"data set {args.dataset} has no split {args.split!r}: it has {', '.join(splits)}")
+    data = splits[args.split]
+    features = data.features
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image_column = args.image_column or ("image" if "image" in features else images[0] if images else None)
+    if image_column is None:
+        raise UserError(f"data set {args.dataset} has no column of images: its columns are {', '.join(features)}")
+    label_column = args.label_column or next((name for name in ("label", "cls") if name in features), None)
+    for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
+        if column is not None and column not in features:
+            raise UserError(f"{flag} {column} does not exist in {args.dataset}: its columns are {', '.join(features)}")
+    data = data.cast_column(image_column, datasets.Image(decode=False))
+    if isinstance(data, datasets.Dataset):
+        if len(data) < slots:
+            raise UserError(f"data set {args.dataset} has {len(data)} images, fewer than the {slots} processes")
+        return Source(data, image_column, label_column, len(data), args.dataset)
+    # Few files and many readers: read Parquet by row group instead.
+    data = data if data.num_shards >= slots * max(args.workers or 1, 1) else data.reshard()
+    if data.num_shards < slots:
+        raise UserError(
+            f"data set {args.dataset} has {data.num_shards} shards, fewer than the {slots} processes that share them: "
+            "use fewer processes, more or smaller shards, or --no-streaming"
+        )
+    count = args.num_images or count_images(builder, args.split)
+    return Source(data, image_column, label_column, count, args.dataset)
+
+
+def count_images(builder, split):
+    """Images of a streamed split: from its metadata, from Parquet footers or tar headers on disk; None if unknown."""
+    info = (builder.info.splits or {}).get(split)
+    if info is not None and info.num_examples:
+        return info.num_examples
+    files = [str(f) for f in builder.config.data_files[split]]
+    if not all(Path(f).is_file() for f in files):
+        return None
+    if builder.name == "parquet":
+        return sum(pq.read_metadata(f).num_rows for f in files)
+    count = 0
+    for name in files:
+        with tarfile.open(name) as tar:  # one sample is a run of members that share their path up to the first dot
+            keys = [re.match(r"((?:.*/|)[^.]+)[.]", m.name) for m in tar if m.isfile()]
+        count += sum(1 for _ in itertools.groupby(k.group(1) for k in keys if k))
+    return count
+
+
+def first_line(error):
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Data streams. A rank's stream is its part of pass 0, then of pass 1, and so on; it never ends and drops nothing.
+# Workers send chunks: up to a batch of prepared images, fewer where a file could not be decoded or a pass ends. The
+# training process joins chunks to batches. Every chunk says at which place its worker stands "after" it.
+
+
+def load_chunk(source, prepare, seed, wanted):
+    """Read, decode and prepare images. wanted: (pass, image id, row) triples -> chunk.
+
+    A chunk has one list for each of prepare.names, "ids" [(pass, image id)], and "skipped": what could not be decoded.
+    """
+    chunk = {name: [] for name in (*prepare.names, "ids", "skipped")}
+    for epoch, image_id, row in wanted:
+        image, path = row[source.image_column], None
+        try:
+            path = image["path"]
+            data = image["bytes"] if image["bytes"] is not None else Path(path).read_bytes()
+            tensor = decode(data)
+        except Exception as error:  # decoders raise whatever they like
+            chunk["skipped"].append(f"{path or 'image'} (id {image_id}): {first_line(error)}")
+            continue
+        for name, value in zip(prepare.names, prepare(tensor, key(seed, epoch, image_id)), strict=True):
+            chunk[name].append(value)
+        chunk["ids"].append(torch.tensor([epoch, image_id]))
+    return {name: torch.stack(values) if values and name != "skipped" else values for name, values in chunk.items()}
+
+
+class RowChunks(torch.utils.data.Dataset):
+    """Data on disk: chunk j of a rank's stream. A pass is a permutation keyed by (seed, pass), of which rank r takes
+    every world-th image from the r-th on: the parts differ by at most one image."""
+
+    def __init__(self, source, prepare, size, seed, rank, world):
+        self.source, self.prepare, self.size, self.seed = source, prepare, size, seed
+        self.rank, self.world = rank, world
+        self.part = len(range(rank, source.num_images, world))
+        self.order = lru_cache(2)(self.order)
+
+    def order(self, epoch):
+        return permutation(self.source.num_images, self.seed, epoch)[self.rank :: self.world]
+
+    def __getitem__(self, j):
+        places = [divmod(i, self.part) for i in range(j * self.size, (j + 1) * self.size)]
+        rows = [(epoch, self.order(epoch)[i]) for epoch, i in places]
+        wanted = ((epoch, row, self.source.data[row]) for epoch, row in rows)
+        return {**load_chunk(self.source, self.prepare, self.seed, wanted), "after": j + 1}
+
+
+class ShardChunks(torch.utils.data.IterableDataset):
+    """Streams: the chunks of one worker, pass after pass; an empty chunk marked "end" closes each pass.
+
+    Shards are dealt anew for every pass: of a permutation keyed by (seed, pass), rank r takes every world-th shard
+    from the r-th on, and worker w of them every workers-th. A worker reads `interleave` shards in turn and shuffles
+    within windows, by a permutation keyed by (seed, pass, first image of the window): the whole state is a position.
+    """
+
+    def __init__(self, source, prepare, size, seed, rank, world, worker, workers, window, interleave):
+        self.source, self.prepare, self.size, self.seed = source, prepare, size, seed
+        self.rank, self.world, self.worker, self.workers = rank, world, worker, workers
+        self.window, self.interleave = window, interleave
+        self.start = self.beginning(0)
+
+    def beginning(self, epoch):
+        return {"epoch": epoch, "open": [], "next": 0, "turn": 0, "offset": 0}
+
+    def shards(self, epoch):
+        """Numbers of the shards that this worker reads in a pass, in order."""
+        order = permutation(self.source.data.num_shards, self.seed, epoch)
+        return order[self.rank :: self.world][self.worker :: self.workers]
+
+    def rows(self, shard, skip):
+        data = self.source.data.shard(num_shards=self.source.data.num_shards, index=shard)
+        return iter(data.skip(skip) if skip else data)
+
+    def windows(self, epoch, start):
+        """The rest of a pass: (place of the window, [(image id, row)]), where an image's id is shard << 32 | row."""
+        shards, turn, following = self.shards(epoch), start["turn"], start["next"]
+        opened = [[k, row, self.rows(shards[k], row)] for k, row in start["open"]]
+        while True:
+            place = {"epoch": epoch, "open": [[k, row] for k, row, _ in opened], "next": following, "turn": turn}
+            window = []
+            while len(window) < self.window and (opened or following < len(shards)):
+                while len(opened) < self.interleave and following < len(shards):
+                    opened.append([following, 0, self.rows(shards[following], 0)])
+                    following += 1
+                turn %= len(opened)
+                k, row, rows = opened[turn]
+                example = next(rows, None)
+                if example is None:
+                    del opened[turn]
+                else:
+                    window.append((shards[k] << 32 | row, example))
+                    opened[turn][1] += 1
+                    turn += 1
+            if not window:
+                return
+            yield place, window
+
+    def __iter__(self):
+        start = self.start
+        for epoch in itertools.count(start["epoch"]):
+            wanted, after, offset = [], start, start["offset"]
+            for place, window in self.windows(epoch, start):
+                order = permutation(len(window), self.seed, epoch, window[0][0])
+                for i in range(offset, len(window)):
+                    wanted.append((epoch, *window[order[i]]))
+                    after = {**place, "offset": i + 1}
+                    if len(wanted) == self.size:
+                        yield {**load_chunk(self.source, self.prepare, self.seed, wanted), "after": after}
+                        wanted = []
+                offset = 0
+            if wanted:
+                yield {**load_chunk(self.source, self.prepare, self.seed, wanted), "after": after}
+            start = self.beginning(epoch + 1)
+            yield {"end": True, "after": start}
+
+
+class Stream:
+    """A rank's endless stream of batches: `next(stream)` -> {"images": uint8 (b, 3, S, S), ..., "ids": (b, 2)}.
+
+    Data on disk: one DataLoader, whose chunks arrive in order whatever the number of its workers. Streams: a DataLoader
+    for each worker; they are asked in turn, without those whose part of the pass has ended, until it has ended for
+    all. (One DataLoader over several workers would let those with fewer shards run ahead into the next pass.)
+    `state_dict()` is a place from which another Stream continues with the very next image.
+    """
+
+    def __init__(self, source, prepare, data, seed, rank=0, world=1, state=None):
+        self.size, self.limit = data.batch_size, 0.01
+        self.limit_from = min(1000, (source.num_images or 1000 * world) // world)
+        self.layout = {"streaming": source.streaming, "processes": world, "batch_size": self.size}
+        if source.streaming:
+            # A worker without a shard would idle, so there are never more workers than the poorest rank has shards.
+            readers = min(max(data.workers, 1), source.data.num_shards // world)
+            if rank == 0 and readers < data.workers:
+                print(f"{source.data.num_shards} shards for {world} processes: {readers} loading workers each instead "
+                      f"of {data.workers}", file=sys.stderr)  # fmt: skip
+            self.layout["workers"] = readers
+            shares = [
+                ShardChunks(
+                    source, prepare, self.size, seed, rank, world, w, readers, data.shuffle_window, data.interleave
+                )
+                for w in range(readers)
+            ]
+            beginning = [share.start for share in shares]
+        else:
+            beginning = [0]
+        state = state or {"layout": self.layout, "taken": 0, "places": beginning, "ended": [], "turn": 0, "read": 0,
+                          "skipped": 0}  # fmt: skip
+        if state["layout"] != self.layout:
+            was = state["layout"]
+            changes = [f"{k} {was.get(k)} -> {v}" for k, v in self.layout.items() if was.get(k) != v]
+            raise UserError(f"the checkpoint divides the data otherwise ({', '.join(changes)}): resume with the old values")
+        self.place = {k: state[k] for k in ("places", "ended", "turn", "read", "skipped")}
+        options = dict(batch_size=None, prefetch_factor=2 if data.workers else None)
+        if source.streaming:
+            for share, place in zip(shares, self.place["places"], strict=True):
+                share.start = place
+            self.loaders = [iter(DataLoader(s, num_workers=min(data.workers, 1), **options)) for s in shares]
+        else:
+            rows, first = RowChunks(source, prepare, self.size, seed, rank, world), self.place["places"][0]
+            self.loaders = [iter(DataLoader(rows, sampler=itertools.count(first), num_workers=data.workers, **options))]
+        self.buffer, self.buffered, self.taken, self.skipped_names = [], 0, 0, []
+        while self.buffered < state["taken"]:
+            self._pull()
+        self.taken, self.buffered = state["taken"], self.buffered - state["taken"]
+
+    def state_dict(self):
+        """The place before the next image: plain numbers, fit for JSON."""
+        place = self.buffer[0][0] if self.buffer else self.place
+        return copy.deepcopy({"layout": self.layout, "taken": self.taken, **place})
+
+    def _pull(self):
+        """Append the next chunk to the buffer, with the place before it. Raises UserError for too many bad files."""
+        before, place = copy.deepcopy(self.place), self.place
+        while place["turn"] in place["ended"]:
+            place["turn"] = (place["turn"] + 1) % len(self.loaders)
+        turn = place["turn"]
+        chunk = next(self.loaders[turn])
+        place["places"][turn] = chunk.pop("after")
+        place["turn"] = (turn + 1) % len(self.loaders)
+        if "end" in chunk:
+            place["ended"] = place["ended"] + [turn] if len(place["ended"]) + 1 < len(self.loaders) else []
+            return
+        skipped = chunk.pop("skipped")
+        self.skipped_names += skipped
+        place["read"] += len(chunk["ids"]) + len(skipped)
+        place["skipped"] += len(skipped)
+        if place["skipped"] > self.limit * max(place["read"], self.limit_from):
+            raise BadFilesError(
+                f"{place['skipped']} of the first {place['read']} files could not be decoded, more than 1 %: "
+                f"repair or remove them; the last was {self.skipped_names[-1]}"
+            )
+        if len(chunk["ids"]):
+            self.buffer.append((before, chunk))
+            self.buffered += len(chunk["ids"])
+
+    def __next__(self):
+        while self.buffered < self.size:
+            self._pull()
+        parts, missing = [], self.size
+        while missing:
+            chunk = self.buffer[0][1]
+            part = {name: values[self.taken : self.taken + missing] for name, values in chunk.items()}
+            parts.append(part)
+            missing -= len(part["ids"])
+            self.taken += len(part["ids"])
+            if self.taken == len(chunk["ids"]):
+                self.buffer.pop(0)
+                self.taken = 0
+        self.buffered -= self.size
+        return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Teachers: where the targets come from. Each maps pixels (B, 3, H, W) in [0, 1], exactly the student's crop, to the
+# target; frozen, in evaluation mode, outside DDP and the checkpoints. `target_dim` is what CAEConfig calls so.
+
+
+def normalize(pixels, mean, std):
+    """Pixels in [0, 1] (B, 3, H, W) -> (x - mean) / std per channel."""
+    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (mean, std))
+    return (pixels - mean) / std
+
+
+def resize(pixels, size):
+    """Antialiased bicubic, back into [0, 1]; nothing to do at the right size."""
+    if pixels.shape[-2:] == size:
+        return pixels
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+class CLIPTeacher(nn.Module):
+    """CLIP's latents of every token (CAE v2), from any CLIPVisionModelWithProjection: (B, 1 + N, C), class token first.
+
+    The crop is resized so that teacher and student see the same grid of patches, with the teacher's positions
+    interpolated where that is not its own size.
+    """
+
+    def __init__(self, name, patch_size):
+        super().__init__()
+        from transformers import CLIPVisionModelWithProjection
+
+        config = load_pretrained(name, "clip_vision_model", "a CLIP vision model with projection")
+        config = getattr(config, "vision_config", config)
+        self.model = load_pretrained(name, CLIPVisionModelWithProjection)
+        self.target_dim = self.model.visual_projection.out_features
+        self.student_patch, self.teacher_patch, self.native_size = patch_size, config.patch_size, config.image_size
+        self.mean, self.std = CLIP_MEAN, CLIP_STD
+
+    def forward(self, pixels):
+        rows, columns = patch_grid(pixels, self.student_patch)
+        size = (rows * self.teacher_patch, columns * self.teacher_patch)
+        x = normalize(resize(pixels, size), self.mean, self.std)
+        x = x.to(self.model.dtype)
+        tower = self.model.vision_model
+        foreign = size != (self.native_size, self.native_size)
+        # last_hidden_state is before post_layernorm, which transformers applies to the class token alone
+        x = tower(x, interpolate_pos_encoding=foreign).last_hidden_state                 # (B, 1 + N, width)
+        return self.model.visual_projection(tower.post_layernorm(x))                     # (B, 1 + N, C)
+
+
+class DALLETeacher(nn.Module):
+    """DALL-E's code of every patch (CAE), from transformers' FlavaImageCodebook: int64 (B, N).
+
+    It sees the crop at 8 pixels a patch (112 x 112 for 14 x 14 patches). The released code resizes with Lanczos;
+    antialiased bicubic is near enough.
+    """
+
+    def __init__(self, name, patch_size):
+        super().__init__()
+        from transformers import FlavaImageCodebook
+
+        load_pretrained(name, "flava_image_codebook", "a FLAVA image codebook")
+        self.model = load_pretrained(name, FlavaImageCodebook)
+        self.patch_size, self.target_dim = patch_size, self.model.config.vocab_size
+
+    def forward(self, pixels):
+        rows, columns = patch_grid(pixels, self.patch_size)
+        x = 0.8 * resize(pixels, (8 * rows, 8 * columns)) + 0.1                          # DALL-E's own squeezing
+        return self.model.get_codebook_indices(x.to(self.model.dtype)).flatten(1)        # (B, N)
+
+
+class PixelTeacher(nn.Module):
+    """The patches themselves, as the student sees them: (B, N, 3 P^2), ordered (row, column, channel) as in MAE."""
+
+    def __init__(self, patch_size, normalize_patches=False):
+        super().__init__()
+        self.patch_size, self.normalize_patches = patch_size, normalize_patches
+        self.target_dim = 3 * patch_size**2
+
+    def forward(self, pixels):
+        patches = patchify(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), self.patch_size, order="p q c")
+        if self.normalize_patches:
+            mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
+            patches = (patches - mean) / (var + 1e-6).sqrt()
+        return patches                                                                   # (B, N, 3 P^2)
+
+
+def load_pretrained(name, kind, description=None):
+    """A transformers model class -> the model; a model type (str) -> the config, checked. Raises UserError."""
+    from transformers import AutoConfig
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise UserError(f"--teacher {name} does not exist: no such folder, and not an id of the Hub")
+    try:
+        if isinstance(kind, str):
+            config = AutoConfig.from_pretrained(name)
+            if config.model_type not in (kind, kind.replace("_vision_model", "")):
+                raise UserError(f"--teacher {name} is a {config.model_type}: {description} is needed")
+            return config
+        return kind.from_pretrained(name)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--teacher {name} cannot be loaded: {first_line(error)}") from error
+
+
+def build_teacher(args, config):
+    """The teacher of these arguments, shown to give one target for every token of the student. Raises UserError."""
+    if args.target.target == "pixels":
+        return PixelTeacher(config.patch_size, args.target.normalize_pixels)
+    kind = CLIPTeacher if args.target.target == "clip" else DALLETeacher
+    teacher = kind(args.target.teacher, config.patch_size).eval().requires_grad_(False)
+    tokens = config.num_patches + (args.target.target == "clip")
+    try:
+        got = teacher(torch.rand(1, 3, config.image_size, config.image_size)).shape[1]
+    except (RuntimeError, ValueError) as error:
+        got = first_line(error)
+    if got != tokens:
+        raise UserError(
+            f"the grid of --teacher {args.target.teacher} cannot match the student's {config.grid[0]} x "
+            f"{config.grid[1]} patches: {tokens} tokens are needed, it gives {got}"
+        )
+    return teacher
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Schedules: pure functions of the step.
+
+
+def cosine(step, total, start, end):
+    """From start at step 0 to end at step total - 1."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(total - 1, 1)))
+
+
+def learning_rate(step, total, warmup, peak, final):
+    """Linear from 0 over `warmup` steps, then a cosine from peak to final at the last step."""
+    if step < warmup:
+        return peak * step / warmup
+    return cosine(step - warmup, total - warmup, peak, final)
+
+
+def parameter_groups(model):
+    """Trainable parameters, with and without weight decay. The released code also decays the class and mask tokens,
+    by oversight; here they count with the parameters of one dimension."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    plain = [p for n, p in named if p.ndim < 2 or n.endswith("token")]
+    decayed = [p for n, p in named if not (p.ndim < 2 or n.endswith("token"))]
+    return [{"params": decayed, "decay": True}, {"params": plain, "decay": False}]
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Run folder: config.json, log.jsonl, checkpoints/step_00000123/, model/. Nothing is ever seen half-written.
+
+
+def fsync(path):
+    """Flush a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_aside(path, text):
+    """Replace a file: written under a temporary name, synced, renamed."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    fsync(temporary)
+    temporary.rename(path)
+    fsync(path.parent)
+
+
+def publish(temporary, folder):
+    """Give a finished folder its name, in place of an older one."""
+    for file in sorted(temporary.rglob("*")) + [temporary]:
+        fsync(file)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    temporary.rename(folder)
+    fsync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(run_dir):
+    """Finished checkpoints of a run folder, oldest first."""
+    return sorted(p for p in (Path(run_dir) / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
+
+
+def save_checkpoint(accelerator, run_dir, step, model, stream, keep):
+    """checkpoints/step_..., with the place of every rank in the data, then model/. Called on all ranks."""
+    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    temporary = folder.with_name(folder.name + ".tmp")
+    if accelerator.is_main_process:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(temporary))
+    (temporary / f"data_{accelerator.process_index}.json").write_text(json.dumps(stream.state_dict()))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (temporary / "trainer.json").write_text(json.dumps({"step": step}))
+        publish(temporary, folder)
+        temporary = run_dir / "model.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        accelerator.unwrap_model(model).save_pretrained(temporary)
+        publish(temporary, run_dir / "model")
+        for old in checkpoints(run_dir)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+# What may differ between a run and its continuation.
+VOLATILE = {"run_dir", "resume", "log_every", "checkpoint_every", "keep", "tracker", "compile", "workers"}
+
+
+def prepare_run_dir(args):
+    """Check the run folder, and find the checkpoint to start from (None: from scratch). Raises UserError.
+
+    Order: --resume PATH; then, with auto, the last checkpoint of the run folder; else from scratch.
+    """
+    run_dir, resume = Path(args.run.run_dir), args.run.resume
+    found = checkpoints(run_dir)
+    written = run_dir / "config.json"
+    if written.exists():
+        try:
+            old = json.loads(written.read_text())["args"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{written} is damaged: {first_line(error)}; choose another --run-dir") from error
+        new = json.loads(json.dumps(flat(args)))
+        changes = [f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
+        changes = [c for c in changes if c.split()[0] not in VOLATILE]
+        if changes:
+            raise UserError(
+                f"run folder {run_dir} holds a run of another configuration ({'; '.join(changes)}): "
+                "pass its values, or another --run-dir"
+            )
+        if resume == "never" and found:
+            raise UserError(f"run folder {run_dir} already holds a run: pass --resume auto, or another --run-dir")
+    try:
+        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        probe = run_dir / ".write_test"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"run folder {run_dir} is not writable: {error.strerror}; choose another --run-dir") from error
+    if resume in ("auto", "never"):
+        return found[-1] if found else None
+    path = Path(resume)
+    path = path if (path / "trainer.json").exists() else next(reversed(checkpoints(path)), None)
+    if path is None:
+        raise UserError(f"--resume {resume} is neither a checkpoint nor a run folder with one (nor auto, nor never)")
+    return path
+
+
+def load_checkpoint(accelerator, path):
+    """Model and optimizer in place; returns (step, this rank's place in the data). Raises UserError."""
+    try:
+        accelerator.load_state(str(path))
+        step = json.loads((path / "trainer.json").read_text())["step"]
+        place = path / f"data_{accelerator.process_index}.json"
+        if not place.exists():
+            raise UserError(f"{path} was written by fewer processes than the {accelerator.num_processes} of now")
+        return step, json.loads(place.read_text())
+    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
+        raise UserError(f"checkpoint {path} does not fit or is damaged: {first_line(error)}") from error
+
+
+class Log:
+    """log.jsonl, the terminal and the tracker. Main process only; the others call it in vain."""
+
+    def __init__(self, accelerator, run_dir, start, total):
+        self.accelerator, self.path, self.total, self.start = accelerator, run_dir / "log.jsonl", total, start
+        self.main = accelerator.is_main_process
+        if self.main and self.path.exists():  # lines beyond the checkpoint are written again
+            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            write_aside(self.path, "".join(line + "\n" for line in kept))
+        bar = self.main and sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, unit="step", disable=not bar, dynamic_ncols=True, smoothing=0.05)
+        self.began = time.perf_counter()
+
+    def write(self, values):
+        if not self.main:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=values["step"])
+        line = (f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
+                f"waiting for data {values['data_wait']:.0%}")  # fmt: skip
+        if self.bar.disable:
+            step = values["step"]
+            eta = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
+            left = tqdm.format_interval(eta)
+            print(f"step {step}/{self.total}  {line}  {left} left", flush=True)
+        else:
+            self.bar.set_postfix_str(line)
+        for name in values.get("skipped_files", []):
+            tqdm.write(f"skipped {name}", file=sys.stderr)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def train(args):
+    """Pretrain as `args` say. Raises UserError and RunError."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args = resolve(args, world)
+    checkpoint = prepare_run_dir(args)
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    precision = {"auto": "bf16" if has_bf16 else "no", "fp32": "no"}.get(args.run.precision, args.run.precision)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if args.run.tracker == "none" else args.run.tracker,
+        project_dir=args.run.run_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    rank, device = accelerator.process_index, accelerator.device
+    run_dir = Path(args.run.run_dir)
+
+    with accelerator.main_process_first():
+        source = open_source(args.data, world)
+        config = model_config(args)
+        teacher = build_teacher(args, config)
+    config = model_config(args, target_dim=teacher.target_dim)
+    teacher.to(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if device.type != "cpu" else None)
+
+    batch_size, effective = args.data.batch_size, args.data.effective_batch_size
+    accumulation = effective // (batch_size * world)
+    if args.run.steps is None and source.num_images is None:
+        raise UserError(f"the number of images in {source.name} is unknown: pass --num-images, or --steps for --epochs")
+    steps_per_pass = source.num_images / effective if source.num_images else None
+    total = args.run.steps or max(1, math.ceil(args.run.epochs * steps_per_pass))
+    epochs = total / steps_per_pass if steps_per_pass else args.run.epochs or 0
+    warmup = args.recipe.warmup_epochs
+    if warmup is None:  # 10, 20, 40 epochs for 300, 800, 1600
+        warmup = epochs / 30 if epochs <= 300 else epochs / 40
+    warmup = round(warmup * steps_per_pass) if steps_per_pass else total // 30
+    peak = args.recipe.lr * effective / 2048
+
+    torch.manual_seed(args.run.seed)
+    model = CAE(config)
+    betas = (args.recipe.beta1, args.recipe.beta2)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.0, betas=betas, eps=args.recipe.adam_eps, fused=True)
+    if args.run.compile:
+        model.compile(fullgraph=True)
+    if accelerator.is_main_process:
+        write_aside(run_dir / "config.json",
+                    json.dumps({"args": flat(args), "model": dataclasses.asdict(config)}, indent=2))  # fmt: skip
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{config.method} {args.model.size}, {millions:.1f} M parameters, {num_masked(args, config)} of "
+              f"{config.num_patches} patches masked; {world} processes x {batch_size} images x {accumulation} = {effective} "
+              f"images a step; {total} steps, {epochs:.1f} epochs; {args.run.precision} on {device}; {run_dir}",
+              flush=True)  # fmt: skip
+    model, optimizer = accelerator.prepare(model, optimizer)
+    model.train()
+    start, place = 0, None
+    if checkpoint:
+        start, place = load_checkpoint(accelerator, checkpoint)
+        if accelerator.is_main_process:
+            print(f"continuing from {checkpoint}" if start < total else f"{run_dir} is complete: {start} steps")
+    stream = Stream(source, Crops(args, config), args.data, args.run.seed, rank, world, place)
+    if args.run.tracker != "none":
+        accelerator.init_trackers("cae", config={k: str(v) for k, v in flat(args).items()})
+    log = Log(accelerator, run_dir, start, total)
+    sums, steps, waited, since = {}, 0, 0.0, time.perf_counter()
+    first_bad = torch.full((), math.inf, device=device)  # first step whose loss or gradient was not finite
+
+    for step in range(start, total):
+        lr = learning_rate(step, total, warmup, peak, args.recipe.min_lr)
+        decay = cosine(step, total, args.recipe.weight_decay, args.recipe.weight_decay_end)
+        for group in optimizer.param_groups:
+            group["lr"], group["weight_decay"] = lr, decay if group["decay"] else 0.0
+        for micro in range(accumulation):
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            pixels, visible, masked = (batch[n].to(device, non_blocking=True) for n in ("images", "visible", "masked"))
+            pixels = pixels.float() / 255                                                # (B, 3, S, S)
+            with torch.no_grad():
+                target = teacher(pixels)  # the one line in which targets are made
+            torch.manual_seed(key(args.run.seed, step, micro, rank))  # stochastic depth
+            with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(model):
+                losses = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), visible, masked, target)
+                accelerator.backward(losses["loss"] / accumulation)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + value.detach() / accumulation
+        norm = accelerator.clip_grad_norm_(model.parameters(), args.recipe.clip_grad or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm.detach()
+        # A loss that is not finite makes the norm so. With fp16 the scaler skips such steps by itself.
+        bad = ~torch.isfinite(losses["loss"].detach() if precision == "fp16" else norm)
+        first_bad = torch.where(bad, first_bad.clamp(max=step + 1), first_bad)
+        steps, done = steps + 1, step + 1
+        log.bar.update()
+
+        writes = done % args.run.checkpoint_every == 0 or done == total
+        if done % args.run.log_every == 0 or writes:  # the only place where the host waits for the device
+            values = [value / steps for value in sums.values()]
+            counts = (stream.place["skipped"], len(stream.skipped_names))
+            values += [torch.tensor(float(count), device=device) for count in counts]
+            *means, skipped, news = (accelerator.reduce(torch.stack(values), "sum") / world).tolist()
+            means = dict(zip(sums, means, strict=True))
+            bad = accelerator.gather(first_bad[None]).min().item()
+            if math.isfinite(bad):
+                good = checkpoints(run_dir)
+                raise RunError(
+                    f"loss or gradient is not finite at step {int(bad)}; the last good checkpoint is "
+                    f"{good[-1] if good else 'none: none was written yet'}"
+                )
+            names = gather_object(stream.skipped_names) if news else []
+            stream.skipped_names = []
+            seconds = time.perf_counter() - since
+            log.write({
+                "step": done,
+                "epoch": round(done * effective / source.num_images, 4) if source.num_images else None,
+                **means,
+                "lr": lr,
+                "weight_decay": decay,
+                "images": done * effective,
+                "images_per_second": round(steps * effective / seconds, 1),
+                "data_wait": round(waited / seconds, 4),
+                "skipped": round(skipped * world),
+                **({"skipped_files": names} if names else {}),
+            })  # fmt: skip
+            sums, steps, waited, since = {}, 0, 0.0, time.perf_counter()
+        if writes:
+            save_checkpoint(accelerator, run_dir, done, model, stream, args.run.keep)
+            since = time.perf_counter()
+    log.bar.close()
+    if accelerator.is_main_process:
+        print(f"done: {run_dir / 'model'} holds the model, {run_dir / 'log.jsonl'} the log")
+    accelerator.end_training()
+
+
+def main():
+    """The command line: exit code 2 for what the user gave, 1 for a run that failed."""
+    try:
+        train(parse())
+    except (UserError, RunError) as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, BadFilesError):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1 if isinstance(error, RunError) else 2)
+
+
+if __name__ == "__main__":
+    main()

@@ -487,8 +487,9 @@ def open_source(args, slots=1):
         if len(data) < slots:
             raise UserError(f"data set {args.dataset} has {len(data)} images, fewer than the {slots} processes")
         return Source(data, image_column, label_column, len(data), args.dataset)
-    # Few files and many readers: read Parquet by row group instead.
-    data = data if data.num_shards >= slots * max(args.workers or 1, 1) else data.reshard()
+    # Parquet is dealt by row group: always on disk; on the Hub, where every footer costs a request, if files are few.
+    if path is not None or data.num_shards < slots * max(args.workers or 1, 1):
+        data = data.reshard()
     if data.num_shards < slots:
         raise UserError(
             f"data set {args.dataset} has {data.num_shards} shards, fewer than the {slots} processes that share them: "
@@ -670,7 +671,7 @@ class Stream:
         if state["layout"] != self.layout:
             was = state["layout"]
             changes = [f"{k} {was.get(k)} -> {v}" for k, v in self.layout.items() if was.get(k) != v]
-            raise UserError(f"the checkpoint divides the data otherwise ({', '.join(changes)}): resume with the old values")
+            raise UserError(f"the checkpoint divides the data otherwise ({', '.join(changes)}): pass the old values")
         self.place = {k: state[k] for k in ("places", "ended", "turn", "read", "skipped")}
         options = dict(batch_size=None, prefetch_factor=2 if data.workers else None)
         if source.streaming:
@@ -1083,9 +1084,9 @@ def train(args):
                     json.dumps({"args": flat(args), "model": dataclasses.asdict(config)}, indent=2))  # fmt: skip
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{config.method} {args.model.size}, {millions:.1f} M parameters, {num_masked(args, config)} of "
-              f"{config.num_patches} patches masked; {world} processes x {batch_size} images x {accumulation} = {effective} "
-              f"images a step; {total} steps, {epochs:.1f} epochs; {args.run.precision} on {device}; {run_dir}",
-              flush=True)  # fmt: skip
+              f"{config.num_patches} patches masked; {world} processes x {batch_size} images x {accumulation} = "
+              f"{effective} images a step; {total} steps, {epochs:.1f} epochs; {args.run.precision} on {device}; "
+              f"{run_dir}", flush=True)  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     start, place = 0, None

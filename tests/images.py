@@ -1,0 +1,67 @@
+"""Small data sets for the tests, in the formats that train.py reads. Every image holds its own number as a colour."""
+
+import io
+import tarfile
+
+import torch
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as Pillow
+
+
+def png(number, size=(8, 8)):
+    """A lossless image of one colour that spells `number`."""
+    file = io.BytesIO()
+    Pillow.new("RGB", size, (number // 256, number % 256, 77)).save(file, "PNG")
+    return file.getvalue()
+
+
+def number_of(image):
+    """uint8 (3, H, W) -> the number that it spells."""
+    assert (image == image[:, :1, :1]).all() and image[2, 0, 0] == 77
+    return int(image[0, 0, 0]) * 256 + int(image[1, 0, 0])
+
+
+class Numbers:
+    """In place of train.Crops: the number of an image and the seed that it was given."""
+
+    names = ("numbers", "seeds")
+
+    def __call__(self, image, seed):
+        return torch.tensor(number_of(image)), torch.tensor(seed)
+
+
+def write_parquet(folder, counts, group=1000, first=0, encode=png):
+    """One Parquet file for each count, with row groups of `group` rows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    features = Features({"image": Image(), "label": ClassLabel(names=["even", "odd"])})
+    for i, count in enumerate(counts):
+        numbers = range(first, first + count)
+        rows = {"image": [{"bytes": encode(n), "path": f"{n}.png"} for n in numbers], "label": [n % 2 for n in numbers]}
+        data = Dataset.from_dict(rows, features=features)
+        data.to_parquet(folder / f"train-{i:05d}-of-{len(counts):05d}.parquet", batch_size=group)
+        first += count
+    return folder
+
+
+def write_tars(folder, counts, encode=png):
+    """One webdataset shard for each count: NUMBER.png beside NUMBER.cls."""
+    folder.mkdir(parents=True, exist_ok=True)
+    number = 0
+    for i, count in enumerate(counts):
+        with tarfile.open(folder / f"train-{i:05d}.tar", "w") as tar:
+            for _ in range(count):
+                for name, data in ((f"{number:06d}.png", encode(number)), (f"{number:06d}.cls", b"%d" % (number % 2))):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+                number += 1
+    return folder
+
+
+def write_folder(folder, count, encode=png):
+    """Class subfolders even/ and odd/."""
+    for number in range(count):
+        file = folder / ("odd" if number % 2 else "even") / f"{number:06d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(encode(number))
+    return folder

@@ -380,9 +380,9 @@ def _size(dim, depth, heads, v2, v1, layer_scale=0.1, clip_dim=512, **encoder):
     }
 
 
-# tiny really has 12 heads of 16, and a v2 regressor of 12 heads of 8. nano is for the demo: 7 x 7 patches of 4 pixels.
+# tiny really has 12 heads of 16, and a v2 regressor of 12 heads of 8. nano is ours, for the demo: 7 x 7 patches of 4.
 SIZES = {
-    "nano": _size(128, 6, 4, (128, 4, 1), (128, 4, 2), clip_dim=64, image_size=28, patch_size=4, drop_path=0.0),
+    "nano": _size(96, 4, 4, (96, 4, 1), (96, 4, 2), clip_dim=64, image_size=28, patch_size=4, drop_path=0.0),
     "tiny": _size(192, 12, 12, (96, 12, 1), (192, 12, 4)),
     "small": _size(384, 12, 12, (384, 12, 1), (384, 12, 4)),
     "base": _size(768, 12, 12, (768, 12, 4), (768, 12, 4)),

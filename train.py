@@ -90,7 +90,7 @@ class DataArgs:
     batch_size: int | None = None
     """Images per process and forward pass. Default: 256, or the effective batch size's share if that is less."""
     effective_batch_size: int | None = None
-    """Images per optimizer step over all processes; gradients are accumulated to reach it. Default: 2048 (nano 256)."""
+    """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 256)."""
     workers: int | None = None
     """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 8."""
     shuffle_window: int = 512
@@ -106,7 +106,7 @@ class RunArgs:
     run_dir: str | None = None
     """Run folder. Default: runs/METHOD-SIZE, with -demo for the demo."""
     epochs: float | None = None
-    """Passes over the data. Default: 300 (nano 40)."""
+    """Passes over the data. Default: 300 (nano and demo: 40)."""
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
     seed: int = 0
@@ -162,7 +162,7 @@ class TargetArgs:
     mask_ratio: float | None = None
     """Masked share of the patches. Default: 0.5; with cae-v2 tiny 0.15, nano and small 0.25."""
     min_block: int | None = None
-    """Smallest area of a masked block, in patches. Default: 16 (nano 4)."""
+    """Smallest area of a masked block, in patches. Default: 16 (nano and demo: 4)."""
     target: Literal["clip", "dalle", "pixels"] | None = None
     """clip (cae-v2); DALL-E's codes or pixels (cae). Default: clip; dalle, with the demo pixels."""
     teacher: str | None = None
@@ -182,7 +182,7 @@ class RecipeArgs:
     """Optimisation and augmentation."""
 
     lr: float | None = None
-    """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano 1.6e-2)."""
+    """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano, demo: 1.6e-2)."""
     min_lr: float = 1e-5
     """Learning rate at the end of the cosine."""
     warmup_epochs: float | None = None
@@ -246,33 +246,34 @@ def resolve(args, world=1):
             raise UserError(message)
 
     default(model, "size", "nano" if demo else "base")
-    nano = model.size == "nano"
-    default(model, "image_size", 28 if demo or nano else 224)
-    default(model, "patch_size", 4 if demo or nano else 16)
+    small = demo or model.size == "nano"  # small images, short runs
+    default(model, "image_size", 28 if small else 224)
+    default(model, "patch_size", 4 if small else 16)
     default(target, "mask_ratio", MASK_RATIO[model.size] if v2_method else 0.5)
-    default(target, "min_block", 4 if nano else 16)
+    default(target, "min_block", 4 if small else 16)
     default(target, "target", "clip" if v2_method else "pixels" if demo else "dalle")
     clip = str(DEMO / "clip_teacher") if demo else "openai/clip-vit-base-patch16"
     require(target.teacher is None or target.target != "pixels", "--teacher has no use with --target pixels: drop one")
     default(target, "teacher", {"clip": clip, "dalle": "facebook/flava-image-codebook", "pixels": ""}[target.target])
-    default(recipe, "lr", 1.6e-2 if nano else 1.5e-3)
+    default(recipe, "lr", 1.6e-2 if small else 1.5e-3)
     default(recipe, "crop_scale", (0.4, 1.0) if v2_method else (0.08, 1.0))
     default(recipe, "color_jitter", 0.4 if v2_method else 0.0)
     default(recipe, "weight_decay_end", recipe.weight_decay)
     require(run.epochs is None or run.steps is None, "--epochs and --steps are both given: give one")
     if run.steps is None:
-        default(run, "epochs", 40.0 if nano else 300.0)
+        default(run, "epochs", 40.0 if small else 300.0)
     default(run, "run_dir", f"runs/{model.method}-{model.size}{'-demo' if demo else ''}")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     default(data, "workers", max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+    require(data.batch_size is None or data.batch_size > 0, f"--batch-size is {data.batch_size}: it must be positive")
     given = data.effective_batch_size is not None
-    default(data, "effective_batch_size", 256 if nano else 2048)
+    default(data, "effective_batch_size", 256 if small else 2048)
     default(data, "batch_size", max(1, min(256, data.effective_batch_size // world)))
     per_pass = data.batch_size * world
     if not given:  # the recipe's, as near as this number of processes comes to it
         data.effective_batch_size = per_pass * max(1, round(data.effective_batch_size / per_pass))
 
-    for name, group in (("batch_size", data), ("effective_batch_size", data), ("shuffle_window", data),
+    for name, group in (("effective_batch_size", data), ("shuffle_window", data),
                         ("interleave", data), ("log_every", run), ("checkpoint_every", run), ("keep", run)):
         require(getattr(group, name) > 0, f"--{name.replace('_', '-')} is {getattr(group, name)}: it must be positive")
     require(data.workers >= 0, f"--workers is {data.workers}: it must not be negative")

@@ -78,7 +78,7 @@ def golden_batch(name):
 def small_config(**fields):
     """4 x 4 patches, D = 16, R = 8 unless said otherwise."""
     small = dict(image_size=16, patch_size=4, dim=16, depth=2, heads=2, target_dim=12, drop_path=0.0)
-    small.update(regressor_dim=8, regressor_depth=2, regressor_heads=2)
+    small.update(regressor_dim=8, regressor_depth=2, regressor_heads=4)
     return CAEConfig(**{**small, **fields})
 
 
@@ -535,14 +535,17 @@ def test_masks_partition_the_grid(draw, grid, counts):
 
 @BOTH_MASKS
 def test_masks_depend_on_the_generator_alone(draw):
-    def drawn(seed):
-        return draw(8, (14, 14), 98, generator=torch.Generator().manual_seed(seed))
+    """On 1 x 10 no block fits, so that block_mask's fallback is drawn from the generator too."""
+
+    def drawn(seed, grid, count):
+        return draw(8, grid, count, generator=torch.Generator().manual_seed(seed))
 
     before = torch.get_rng_state()
-    first, same, other = drawn(1), drawn(1), drawn(2)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
-    assert not torch.equal(first[1], other[1])
+    for grid, count in (((1, 10), 4), ((14, 14), 98)):
+        first, same, other = drawn(1, grid, count), drawn(1, grid, count), drawn(2, grid, count)
+        assert torch.equal(torch.get_rng_state(), before)
+        assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
+        assert not torch.equal(first[1], other[1])
     assert len({tuple(row.tolist()) for row in first[1]}) == 8  # each image has its own
     torch.manual_seed(5)
     implicit = draw(8, (14, 14), 98)

@@ -2,12 +2,12 @@
 
 import json
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 import torch
 from images import Numbers, png, write_folder, write_parquet, write_tars
 
-import train
 from train import DataArgs, Stream, UserError, open_source
 
 COUNTS = (23, 7, 31, 12, 19, 5, 11)  # seven shards of 108 images: neither divides by 2, 3 or the batch size
@@ -69,7 +69,7 @@ def test_shards_are_dealt_anew_in_every_pass(data_sets):
 def test_a_window_mixes_shards(data_sets):
     (part,), _ = read_passes(open_stream(data_sets["tar"], True)[0], 1)
     shard = [next(i for i in range(7) if n < sum(COUNTS[: i + 1])) for n in part]
-    assert sum(a != b for a, b in zip(shard, shard[1:], strict=False)) > len(part) / 3
+    assert sum(a != b for a, b in pairwise(shard)) > len(part) / 3
 
 
 def test_few_files_are_read_by_row_group(tmp_path):
@@ -83,7 +83,7 @@ def test_few_files_are_read_by_row_group(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_stream_continues_from_its_place(data_sets, kind, streaming, workers):
     """From any place, in the middle of a window, of a chunk and across the end of a pass, and through JSON."""
-    stream, source = open_stream(data_sets[kind], streaming, workers=workers)
+    stream, _ = open_stream(data_sets[kind], streaming, workers=workers)
     batches, places = [], []
     for _ in range(50):
         places.append(json.dumps(stream.state_dict()))

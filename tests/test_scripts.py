@@ -1,0 +1,192 @@
+"""train.py as its users run it: real processes on the demo data, alone and in two, killed and resumed."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from images import write_folder
+from launch import launch, log_of, succeeded
+from safetensors.torch import load_file
+
+from cae import CAE
+
+SHORT = ["train.py", "--dataset", "demo", "--batch-size", "16", "--effective-batch-size", "16", "--log-every", "1"]
+# random access, so that two processes share the very batches of one; no stochastic depth, which ranks draw apart
+EXACT = [*SHORT, "--no-streaming", "--drop-path", "0", "--steps", "6"]
+
+
+def run(run_dir, *flags, command=SHORT, **options):
+    return succeeded(launch(*command, "--run-dir", run_dir, *flags, **options))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Eight steps without interruption, with a checkpoint half-way: streamed, two workers, stochastic depth."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    process = run(folder, *RESUMABLE)
+    return folder, process
+
+
+RESUMABLE = ["--steps", "8", "--checkpoint-every", "4", "--workers", "2", "--drop-path", "0.3"]
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    folder, process = whole
+    config = json.loads((folder / "config.json").read_text())
+    assert set(config) == {"args", "model"}
+    assert config["args"]["mask_ratio"] == 0.25
+    assert config["model"] == dataclasses.asdict(CAE.from_pretrained(folder / "model").config)
+    lines = log_of(folder)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line in lines:
+        assert {"loss", "loss_cls", "loss_visible", "loss_masked", "lr", "weight_decay", "grad_norm",
+                "images_per_second", "data_wait", "skipped", "epoch"} <= set(line)  # fmt: skip
+        assert 0 <= line["data_wait"] <= 1 and line["skipped"] == 0
+    assert lines[-1]["epoch"] == pytest.approx(8 * 16 / 6000, abs=1e-4)
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step_00000004", "step_00000008"]
+    saved, checkpoint = (load_file(folder / p / "model.safetensors") for p in ("model", "checkpoints/step_00000008"))
+    assert all(torch.equal(saved[k], checkpoint[k]) for k in saved)
+    assert re.search(r"step 8/8  loss \d\.\d+  \d+ images/s  waiting for data \d+%", process.stdout)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_equals_uninterrupted(whole, tmp_path, processes):
+    """The run that lost everything after its checkpoint ends with the same log and the same bits."""
+    reference = whole[0]
+    if processes == 2:
+        reference = tmp_path / "reference"
+        run(reference, *RESUMABLE, "--effective-batch-size", "32", processes=2)
+    folder = tmp_path / "resumed"
+    os.system(f"cp -r {reference} {folder}")
+    os.system(f"rm -r {folder}/checkpoints/step_00000008 {folder}/model")
+    flags = [] if processes == 1 else ["--effective-batch-size", "32"]
+    process = run(folder, *RESUMABLE, *flags, processes=processes)
+    assert "continuing from" in process.stdout
+    for ours, theirs in zip(log_of(folder), log_of(reference), strict=True):
+        for name in ("step", "epoch", "loss", "loss_cls", "loss_visible", "loss_masked", "lr", "grad_norm"):
+            assert ours[name] == theirs[name], name
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, reference))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    again = run(folder, *RESUMABLE, *flags, processes=processes)
+    assert "is complete: 8 steps" in again.stdout and len(log_of(folder)) == 8
+
+
+def test_one_two_processes_and_accumulation_give_the_same_losses(tmp_path):
+    """The same global batches, images and masks: losses and weights differ by rounding only."""
+    run(tmp_path / "one", command=EXACT)
+    run(tmp_path / "accumulated", "--batch-size", "8", command=EXACT)
+    two = run(tmp_path / "two", "--batch-size", "8", command=EXACT, processes=2)
+    assert "2 processes x 8 images x 1 = 16 images a step" in two.stdout
+    run(tmp_path / "both", "--batch-size", "4", command=EXACT, processes=2)
+    expected = log_of(tmp_path / "one")
+    assert expected[0]["loss"] > expected[-1]["loss"]
+    for other in ("accumulated", "two", "both"):
+        for a, b in zip(expected, log_of(tmp_path / other), strict=True):
+            for name in ("loss", "loss_cls", "loss_visible", "loss_masked", "grad_norm"):
+                assert abs(a[name] - b[name]) < 1e-5, (other, a["step"], name)
+
+
+@pytest.mark.parametrize("flags", [
+    ["--method", "cae"],
+    ["--method", "cae", "--normalize-pixels", "--mask", "random", "--align-weight", "0", "--workers", "0"],
+    ["--supervise", "visible", "--size", "tiny"],
+    ["--supervise", "masked", "--precision", "bf16", "--tracker", "tensorboard"],
+])  # fmt: skip
+def test_every_method_trains(tmp_path, flags):
+    processes = 2 if "visible" in flags else 1
+    effective = str(16 * processes)
+    run(tmp_path, *flags, "--steps", "3", "--workers", "0", "--effective-batch-size", effective, processes=processes)
+    lines = log_of(tmp_path)
+    parts = {"0": "reconstruct", "cae": "reconstruct align", "visible": "cls visible", "masked": "masked"}
+    wanted = next(names.split() for word, names in parts.items() if word in flags)
+    assert {name for name in lines[0] if name.startswith("loss_")} == {f"loss_{name}" for name in wanted}
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert CAE.from_pretrained(tmp_path / "model").encode(torch.rand(1, 3, 28, 28)).shape[1] == 50
+    if "tensorboard" in flags:
+        assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    flags = ["--steps", "30", "--checkpoint-every", "2", "--log-every", "5", "--lr", "1e38", "--warmup-epochs", "0.01"]
+    process = launch(*SHORT, "--run-dir", tmp_path, *flags)
+    assert process.returncode == 1
+    pattern = r"error: loss or gradient is not finite at step (\d+); the last good checkpoint is (.*)"
+    step = re.search(pattern, process.stderr)
+    assert step, process.stderr
+    good = tmp_path / "checkpoints" / "step_00000002"
+    assert 2 < int(step.group(1)) <= 5 or step.group(2).startswith("none")
+    if good.exists():
+        assert all(torch.isfinite(v).all() for v in load_file(good / "model.safetensors").values())
+
+
+def test_skipped_files_are_in_the_log(tmp_path):
+    write_folder(tmp_path / "data", 300)
+    (tmp_path / "data" / "even" / "000000.png").write_bytes(b"<html>gone</html>")
+    flags = ["--dataset", tmp_path / "data", "--size", "nano", "--teacher", "demo/clip_teacher", "--epochs", "1"]
+    process = run(tmp_path / "run", *flags, "--workers", "1")
+    assert log_of(tmp_path / "run")[-1]["skipped"] == 1
+    named = [name for line in log_of(tmp_path / "run") for name in line.get("skipped_files", [])]
+    assert len(named) == 1 and "000000.png" in named[0]
+    assert "skipped" in process.stderr and "000000.png" in process.stderr
+
+
+class Hub(BaseHTTPRequestHandler):
+    """A stand-in for the Hub that answers for one gated data set, and for no other."""
+
+    def do_GET(self):
+        gated = "secret/pictures" in self.path
+        self.send_response(401 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.send_header("X-Error-Message", "Access to dataset is restricted." if gated else "Repository not found")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
+    server.shutdown()
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("secret/pictures", "is gated: accept its terms at https://huggingface.co/datasets/secret/pictures"),
+    ("nobody/nothing", "was not found on the Hub (nor as a local folder)"),
+])  # fmt: skip
+def test_data_sets_that_the_hub_does_not_give(tmp_path, hub, name, message):
+    process = launch("train.py", "--dataset", name, "--run-dir", tmp_path / "run", **hub)
+    assert process.returncode == 2, process.stderr
+    assert message in process.stderr and "Traceback" not in process.stderr
+    assert "hf auth login" in process.stderr
+
+
+def test_mistakes_end_a_real_process_with_code_2(tmp_path):
+    for flags, message in [
+        (["--mask-ratio", "2"], "error: --mask-ratio is 2.0: it must lie between 0 and 1"),
+        (["--teacher", tmp_path / "absent"], "does not exist: no such folder"),
+        (["--run-dir", "/proc/nowhere"], "is not writable"),
+    ]:
+        process = launch(*SHORT, "--run-dir", tmp_path / "run", *flags)
+        assert process.returncode == 2, process.stderr
+        assert message in process.stderr and "Traceback" not in process.stderr
+
+
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+    folder = tmp_path / "damaged"
+    os.system(f"cp -r {whole[0]} {folder} && rm -r {folder}/checkpoints/step_00000008")
+    weights = folder / "checkpoints" / "step_00000004" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    process = launch(*SHORT, "--run-dir", folder, *RESUMABLE)
+    assert process.returncode == 2, process.stderr
+    assert "step_00000004 does not fit or is damaged" in process.stderr and "Traceback" not in process.stderr

@@ -1,0 +1,426 @@
+"""The parts of train.py: images, teachers, schedules, arguments, and every mistake that is caught before the work."""
+
+import dataclasses
+import inspect
+import io
+import json
+import math
+import re
+import sys
+
+import pytest
+import torch
+from images import write_folder
+from launch import ROOT
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import (
+    CLIPVisionModelWithProjection,
+    FlavaImageCodebook,
+    FlavaImageCodebookConfig,
+    ViTConfig,
+    ViTModel,
+)
+
+import train
+from cae import CAE, CAEConfig
+from train import Args, CLIPTeacher, Crops, DALLETeacher, PixelTeacher, UserError, decode, resolve
+
+GOLDEN = ROOT / "tests" / "golden"
+
+
+def arguments(*flags):
+    return resolve(train.parse(list(flags)))
+
+
+# Images.
+
+
+def picture(mode="RGB", size=(40, 30)):
+    """A smooth image with some structure."""
+    x = Image.linear_gradient("L").resize(size)
+    image = Image.merge("RGB", (x, x.transpose(Image.Transpose.FLIP_LEFT_RIGHT), x.rotate(180)))
+    return image if mode == "RGB" else image.convert(mode)
+
+
+def encoded(image, kind, **options):
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def pixels(image):
+    flat = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+    return flat.view(image.height, image.width, 3).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"),
+    [("PNG", "RGB", {}), ("PNG", "L", {}), ("PNG", "P", {}), ("PNG", "1", {}), ("WEBP", "RGB", {"lossless": True}),
+     ("BMP", "RGB", {}), ("GIF", "P", {}), ("TIFF", "RGB", {}), ("JPEG", "RGB", {"quality": 95}),
+     ("JPEG", "L", {"quality": 95}), ("JPEG", "CMYK", {"quality": 95}),
+     ("JPEG", "RGB", {"quality": 95, "progressive": True})],
+)  # fmt: skip
+def test_decode_gives_what_pillow_gives(kind, mode, options):
+    data = encoded(picture(mode), kind, **options)
+    expected = pixels(Image.open(io.BytesIO(data)).convert("RGB"))
+    got = decode(data)
+    assert got.dtype == torch.uint8 and got.shape == expected.shape
+    # two JPEG decoders may round differently; every other format is exact
+    assert (got.int() - expected.int()).abs().max() <= (3 if kind == "JPEG" else 0)
+
+
+def test_decode_scales_16_bits():
+    ramp = torch.arange(0, 65536, 257, dtype=torch.int32)  # 256 greys
+    image = Image.frombytes("I;16", (16, 16), ramp.to(torch.uint16).numpy().tobytes())
+    got = decode(encoded(image, "PNG"))
+    assert (got[0].flatten().int() - torch.arange(256)).abs().max() <= 1
+    assert (got == got[:1]).all()
+
+
+def test_decode_puts_transparency_on_white():
+    image = Image.new("RGBA", (4, 4), (10, 20, 30, 0))
+    image.putpixel((1, 2), (10, 20, 30, 255))
+    got = decode(encoded(image, "PNG"))
+    assert got[:, 0, 0].tolist() == [255, 255, 255] and got[:, 2, 1].tolist() == [10, 20, 30]
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([0, 0, 0, 9, 8, 7])
+    assert decode(encoded(palette, "PNG", transparency=0))[:, 0, 0].tolist() == [9, 8, 7]
+
+
+def test_decode_uses_what_is_there_of_a_truncated_file():
+    whole = encoded(picture(size=(256, 256)), "JPEG", quality=90)
+    got = decode(whole[: len(whole) * 2 // 3])
+    assert got.shape == (3, 256, 256)
+    assert (got[:, :64].int() - decode(whole)[:, :64].int()).abs().float().mean() < 3
+
+
+def test_decode_goes_by_content_not_by_name_and_reads_the_first_frame():
+    frames = [Image.new("RGB", (5, 5), c) for c in ("red", "blue")]
+    got = decode(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert got[:, 0, 0].tolist() == [255, 0, 0]
+    assert decode(encoded(Image.new("RGB", (1, 1), "red"), "PNG")).shape == (3, 1, 1)
+
+
+@pytest.mark.parametrize("data", [b"", b"<html></html>", b"\xff\xd8\xff", encoded(picture(), "PNG")[:30]])
+def test_decode_refuses_what_is_no_image(data):
+    with pytest.raises(Exception):  # noqa: B017  decoders raise whatever they like; load_chunk catches it all
+        decode(data)
+
+
+def test_crops_are_a_pure_function_of_image_and_seed():
+    args = arguments("--dataset", "demo")
+    crops = Crops(args, train.model_config(args))
+    image = pixels(picture())
+    first = crops(image, 5)
+    torch.rand(7)
+    again = crops(image, 5)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    others = [crops(image, seed) for seed in range(20)]
+    assert len({o[0].float().mean().item() for o in others}) == 20
+    assert len({tuple(o[2].tolist()) for o in others}) > 15
+    view, visible, masked = first
+    assert view.shape == (3, 28, 28) and view.dtype == torch.uint8
+    assert len(masked) == 13 and sorted(visible.tolist() + masked.tolist()) == list(range(49))
+
+
+def test_crops_without_augmentation_resize():
+    args = arguments("--dataset", "demo", "--crop-scale", "1", "1", "--color-jitter", "0", "--flip", "0")
+    crops = Crops(args, train.model_config(args))
+    image = pixels(picture(size=(28, 28)))
+    assert torch.equal(crops(image, 1)[0], image)
+    args.recipe.flip = 1.0
+    assert torch.equal(Crops(args, train.model_config(args))(image, 1)[0], image.flip(-1))
+
+
+# Teachers.
+
+
+def test_clip_teacher_reproduces_the_golden_tokens():
+    golden = load_file(GOLDEN / "clip_tokens.safetensors")
+    teacher = CLIPTeacher(str(GOLDEN / "clip_tiny"), 16).eval()
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (train.CLIP_MEAN, train.CLIP_STD))
+    with torch.no_grad():
+        got = teacher(golden["pixel_values"] * std + mean)
+    assert teacher.target_dim == 24
+    assert (got - golden["tokens"]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("image_size", "patch_size", "grid"), [(32, 8, 4), (96, 16, 6), (28, 4, 7)])
+def test_clip_teacher_sees_the_students_grid(image_size, patch_size, grid):
+    """The crop resized to grid * teacher_patch, positions interpolated where that is not the native size."""
+    teacher = CLIPTeacher(str(GOLDEN / "clip_tiny"), patch_size).eval()
+    view = torch.rand(2, 3, image_size, image_size)
+    model = CLIPVisionModelWithProjection.from_pretrained(GOLDEN / "clip_tiny")
+    x = view
+    if image_size != 16 * grid:
+        x = torch.nn.functional.interpolate(view, (16 * grid, 16 * grid), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        got = teacher(view)
+        out = model(train.normalize(x, train.CLIP_MEAN, train.CLIP_STD), interpolate_pos_encoding=True)
+    assert got.shape == (2, 1 + grid * grid, 24)
+    assert torch.allclose(got[:, 0], out.image_embeds, atol=1e-5)
+
+
+def test_dalle_teacher(tmp_path):
+    torch.manual_seed(0)
+    model = FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=50, num_blocks_per_group=1)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=(2 / parameter[0].numel()) ** 0.5)
+    model.save_pretrained(tmp_path)
+    teacher = DALLETeacher(str(tmp_path), 16).eval()
+    view = torch.rand(2, 3, 4, 4).repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
+    small = torch.nn.functional.interpolate(view, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        codes, expected = teacher(view), model.blocks(0.8 * small + 0.1).argmax(dim=1)
+    assert teacher.target_dim == 50 and codes.dtype == torch.int64 and codes.shape == (2, 16)
+    assert torch.equal(codes.view(2, 4, 4), expected)
+    assert len(codes.unique()) > 3
+
+
+def test_pixel_teacher_orders_as_mae():
+    view = torch.rand(1, 3, 12, 8)
+    got = PixelTeacher(4)(view)
+    x = train.normalize(view, train.IMAGENET_MEAN, train.IMAGENET_STD)
+    for patch in range(6):
+        r, c = divmod(patch, 2)
+        values = [x[0, k, 4 * r + i, 4 * c + j] for i in range(4) for j in range(4) for k in range(3)]
+        assert torch.equal(got[0, patch], torch.stack(values))
+    normal = PixelTeacher(4, normalize_patches=True)(view)
+    assert torch.allclose(normal.mean(-1), torch.zeros(1, 6), atol=1e-5)
+    assert torch.allclose(normal.var(-1), torch.ones(1, 6), atol=1e-3)
+
+
+def test_teacher_mistakes(tmp_path):
+    ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)).save_pretrained(tmp_path / "vit")
+    args = arguments("--dataset", "demo", "--teacher", str(tmp_path / "vit"))
+    with pytest.raises(UserError, match="is a vit: a CLIP vision model with projection is needed"):
+        train.build_teacher(args, train.model_config(args))
+    args.target.teacher = str(tmp_path / "absent")
+    with pytest.raises(UserError, match="does not exist"):
+        train.build_teacher(args, train.model_config(args))
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "config.json").write_text((GOLDEN / "clip_tiny" / "config.json").read_text())
+    whole = (GOLDEN / "clip_tiny" / "model.safetensors").read_bytes()
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    args.target.teacher = str(tmp_path / "damaged")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        train.build_teacher(args, train.model_config(args))
+
+
+def test_a_teacher_whose_grid_cannot_match(tmp_path):
+    """40 pixels in patches of 16: CLIP's convolution drops the rest, and 2 x 2 positions cannot be told apart."""
+    config = CLIPVisionModelWithProjection.config_class.from_pretrained(GOLDEN / "clip_tiny", num_channels=1)
+    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
+    args = arguments("--dataset", "demo", "--teacher", str(tmp_path))
+    with pytest.raises(UserError, match=r"the grid of --teacher .* cannot match the student's 7 x 7 patches: 50"):
+        train.build_teacher(args, train.model_config(args))
+
+
+# Schedules.
+
+
+def test_learning_rate():
+    rates = [train.learning_rate(s, 1000, 100, 2.0, 0.1) for s in range(1000)]
+    assert rates[0] == 0 and rates[50] == pytest.approx(1.0) and rates[100] == 2.0
+    assert rates[-1] == pytest.approx(0.1)
+    assert rates[549] == pytest.approx(1.05, abs=0.01), "half-way down in the middle of the cosine"
+    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
+    assert train.learning_rate(0, 1, 0, 2.0, 0.1) == 2.0
+    assert [train.cosine(s, 3, 0.05, 0.2) for s in range(3)] == pytest.approx([0.05, 0.125, 0.2])
+
+
+def test_parameter_groups():
+    model = CAE(CAEConfig.from_size("nano"))
+    decayed, plain = train.parameter_groups(model)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decayed["decay"] and not plain["decay"]
+    assert {names[id(p)] for p in decayed["params"]} == {
+        n for n, p in model.named_parameters() if n.endswith("weight") and "norm" not in n
+    }
+    assert {"encoder.class_token", "regressor.mask_token"} < {names[id(p)] for p in plain["params"]}
+    assert len(names) == len(decayed["params"]) + len(plain["params"])
+    frozen = CAE(CAEConfig.from_size("nano", supervise="visible"))
+    trained = [p for group in train.parameter_groups(frozen) for p in group["params"]]
+    assert not {id(p) for p in frozen.regressor.parameters()} & {id(p) for p in trained}
+
+
+# Arguments.
+
+
+def test_every_argument_is_used():
+    """A flag that nobody reads is a lie: each field is read somewhere outside the classes that define it."""
+    source = inspect.getsource(train)
+    for group in dataclasses.fields(Args):
+        source = source.replace(inspect.getsource(group.default_factory), "")
+    model_fields = {f.name for f in dataclasses.fields(CAEConfig)}
+    for group in dataclasses.fields(Args):
+        for field in dataclasses.fields(group.default_factory):
+            read = re.search(rf"\b(args|data|model|target|recipe|run)\.{field.name}\b", source)
+            assert read or (group.name == "model" and field.name in model_fields), field.name
+
+
+def test_every_argument_is_documented_and_grouped(capsys):
+    with pytest.raises(SystemExit) as stop:
+        train.parse(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for group in dataclasses.fields(Args):
+        assert f"{group.name} options" in text
+        source = inspect.getsource(group.default_factory)
+        for field in dataclasses.fields(group.default_factory):
+            assert f"--{field.name.replace('_', '-')}" in text
+            assert re.search(rf"\n    {field.name}: [^\n]*\n    \"\"\"", source), f"{field.name} has no docstring"
+
+
+def test_the_command_of_the_paper():
+    """accelerate launch train.py --size base --mask-ratio 0.5"""
+    args = arguments("--size", "base", "--mask-ratio", "0.5")
+    assert (args.data.dataset, args.data.streaming, args.target.teacher) == (
+        "ILSVRC/imagenet-1k", True, "openai/clip-vit-base-patch16")  # fmt: skip
+    assert args.model.method == "cae-v2" and args.target.supervise == "both" and args.target.mask == "block"
+    assert args.run.epochs == 300 and args.data.effective_batch_size == 2048 and args.recipe.lr == 1.5e-3
+    assert args.recipe.weight_decay == 0.05 and args.recipe.clip_grad == 3.0 and args.recipe.min_lr == 1e-5
+    assert args.recipe.crop_scale == (0.4, 1.0) and args.recipe.color_jitter == 0.4
+    config = train.model_config(args)
+    assert config == CAEConfig.from_size("base") and train.num_masked(args, config) == 98
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "masked"),
+    [("cae-v2", "tiny", 30), ("cae-v2", "small", 49), ("cae-v2", "base", 98), ("cae-v2", "large", 98),
+     ("cae-v2", "huge", 98), ("cae", "tiny", 98), ("cae", "small", 98), ("cae", "base", 98), ("cae", "large", 98)],
+)  # fmt: skip
+def test_recipes(method, size, masked):
+    args = arguments("--size", size, "--method", method)
+    assert train.num_masked(args, train.model_config(args)) == masked
+    if method == "cae":
+        assert args.target.target == "dalle" and args.recipe.crop_scale == (0.08, 1.0) and args.recipe.color_jitter == 0
+
+
+def test_num_masked_is_a_true_ceiling():
+    args = arguments("--dataset", "demo", "--image-size", "40", "--mask-ratio", "0.3")
+    assert train.num_masked(args, CAEConfig.from_size("nano", image_size=40)) == 30, "not 31, as 0.3 * 100 rounds"
+
+
+def test_effective_batch_size():
+    args = train.parse(["--size", "base"])
+    assert resolve(args, world=8).data.batch_size == 256
+    assert resolve(args, world=16).data.batch_size == 128
+    assert resolve(args, world=6).data.effective_batch_size == 1536, "the nearest multiple, unless it was asked for"
+    args = train.parse(["--size", "base", "--effective-batch-size", "2048", "--batch-size", "256"])
+    with pytest.raises(UserError, match="not a multiple of --batch-size 256 times 6 processes: try 1536"):
+        resolve(args, world=6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--mask-ratio 1.5", "--mask-ratio is 1.5: it must lie between 0 and 1"),
+        ("--mask-ratio 0", "--mask-ratio is 0.0"),
+        ("--mask-ratio 0.999", "masks 196 of 196 patches: at least one must be masked and one visible"),
+        ("--image-size 225", "image_size 225 is not divisible by patch_size 16"),
+        ("--patch-size 0", "patch_size is 0: it must be positive"),
+        ("--target pixels", "--method cae-v2 cannot predict --target pixels"),
+        ("--method cae --target clip", "--method cae cannot predict --target clip"),
+        ("--method cae --target pixels --teacher x/y", "--teacher has no use with --target pixels"),
+        ("--epochs 1 --steps 1", "--epochs and --steps are both given"),
+        ("--epochs 0", "--epochs is 0.0: it must be positive"),
+        ("--batch-size 0", "--batch-size is 0: it must be positive"),
+        ("--batch-size 7 --effective-batch-size 16", "try 14"),
+        ("--workers -1", "--workers is -1"),
+        ("--crop-scale 0.5 0.2", "--crop-scale is 0.5 0.2"),
+        ("--regressor-heads 7", "regressor_dim 768 is not divisible by regressor_heads 7"),
+        ("--method cae --align-weight 0 --reconstruct-weight 0", "no loss is left"),
+        ("--tracker trackio", "--tracker trackio is not installed: pip install trackio"),
+        ("--dataset no/such/folder", "data set no/such/folder does not exist"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_code_2(flags, message, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--run-dir", str(tmp_path / "run"), *flags.split()])
+    monkeypatch.setattr(train, "find_spec", lambda name: None)  # no tracker installed
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists(), "nothing is left behind"
+
+
+def test_unknown_flags_and_sizes_end_with_code_2(monkeypatch, capsys):
+    for flags, named in ((["--size", "giant"], "nano"), (["--colour"], "--colour")):
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags])
+        with pytest.raises(SystemExit) as stop:
+            train.main()
+        assert stop.value.code == 2
+        assert named in capsys.readouterr().err
+
+
+# The run folder.
+
+
+def prepared(path, *flags):
+    return train.prepare_run_dir(arguments("--dataset", "demo", "--run-dir", str(path), *flags))
+
+
+def test_a_run_folder_of_another_configuration_is_refused(tmp_path):
+    args = arguments("--dataset", "demo", "--run-dir", str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"args": train.flat(args), "model": {}}))
+    assert prepared(tmp_path) is None
+    assert prepared(tmp_path, "--log-every", "7", "--tracker", "tensorboard") is None, "these may change"
+    with pytest.raises(UserError, match=r"another configuration \(mask_ratio 0.25 -> 0.5; seed 0 -> 1\)"):
+        prepared(tmp_path, "--mask-ratio", "0.5", "--seed", "1")
+    for step in (10, 9):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir()
+    (tmp_path / "checkpoints" / "step_00000011.tmp").mkdir()
+    assert prepared(tmp_path).name == "step_00000010"
+    with pytest.raises(UserError, match="already holds a run"):
+        prepared(tmp_path, "--resume", "never")
+    with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
+        prepared(tmp_path / "other", "--resume", str(tmp_path / "absent"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        prepared(tmp_path)
+
+
+def test_an_unwritable_run_folder_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is not writable: Not a directory"):
+        prepared(tmp_path / "file" / "run")
+
+
+def test_write_aside_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
+    path = tmp_path / "x.json"
+    train.write_aside(path, "old")
+    monkeypatch.setattr(train, "fsync", lambda p: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError):
+        train.write_aside(path, "new")
+    assert path.read_text() == "old"
+
+
+def test_publish_replaces_a_folder(tmp_path):
+    for name, text in (("model", "old"), ("model.tmp", "new")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x").write_text(text)
+    train.publish(tmp_path / "model.tmp", tmp_path / "model")
+    assert (tmp_path / "model" / "x").read_text() == "new"
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_key_is_stable():
+    """Seeds must not change with Python's version or hash seed: every resume depends on them."""
+    assert train.key(0, 1, 2) == train.key(0, 1, 2) != train.key(0, 2, 1)
+    assert 0 <= train.key(0) < 2**63
+    import hashlib
+
+    digest = hashlib.blake2b(b"(0, 1, 2)", digest_size=8).digest()
+    assert train.key(0, 1, 2) == int.from_bytes(digest, "little") >> 1
+    assert math.isclose(sum(train.key(i) / 2**63 for i in range(4000)) / 4000, 0.5, abs_tol=0.03)
+
+
+def test_image_folders_are_read_from_files(tmp_path):
+    write_folder(tmp_path / "pictures", 6)
+    source = train.open_source(train.DataArgs(dataset=str(tmp_path / "pictures")))
+    assert source.num_images == 6 and source.label_column == "label"
+    assert source.data[0]["image"]["bytes"] is None and source.data.features["label"].names == ["even", "odd"]

@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import logging
 import math
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 logger = logging.getLogger("cae")
@@ -150,7 +148,7 @@ class Positions(nn.Module):
         self.register_buffer("table", sincos_positions(*grid, dim), persistent=False)
 
     def forward(self, grid):
-        return self.table if grid == self.grid else sincos_positions(*grid, self.dim).to(self.table.device)
+        return self.table if grid == self.grid else sincos_positions(*grid, self.dim).to(self.table)
 
 
 def take(tokens, index):
@@ -631,7 +629,6 @@ def init_weights(model):
 
 # Released name -> ours, applied in this order to the whole name.
 _RENAME = [
-    (r"^module\.", ""),
     (r"^encoder\.patch_embed\.proj\.", "encoder.patch_embed."),
     (r"^encoder\.cls_token$", "encoder.class_token"),
     (r"^mask_token$", "regressor.mask_token"),
@@ -649,7 +646,7 @@ _RENAME = [
     (r"\.gamma_([12])(_cross)?$", r".scale\1"),
 ]
 # In released files, but nothing that we would load: the encoder's aliased copy, and the fixed positions.
-_PASS_OVER = re.compile(r"^(module\.)?(alignment_encoder\..*|encoder\.pos_embed|rd_pos_embed)$")
+_PASS_OVER = re.compile(r"alignment_encoder\..*|encoder\.pos_embed|rd_pos_embed")
 
 
 def released_name_to_ours(name):
@@ -672,13 +669,18 @@ def load_official(path_or_state_dict, **overrides):
     FileNotFoundError.
     """
     source = path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else "the state dict"
-    released = _read_official(path_or_state_dict)
-    weights = {released_name_to_ours(k): v for k, v in released.items() if not _PASS_OVER.match(k)}
+    released = {name.removeprefix("module."): tensor for name, tensor in _read_official(path_or_state_dict).items()}
+    weights = {released_name_to_ours(k): v for k, v in released.items() if not _PASS_OVER.fullmatch(k)}
     if "encoder.patch_embed.weight" not in weights:
         raise ValueError(
             f"{source} is not a checkpoint of CAE or CAE v2: encoder.patch_embed.proj.weight is missing; "
             f"it holds {', '.join(list(released)[:5]) or 'nothing'}{', ...' if len(released) > 5 else ''}"
         )
+    for name, rank in {"encoder.patch_embed.weight": 4, "regressor.mask_token": 3, "objective.head.weight": 2}.items():
+        if name in weights and weights[name].ndim != rank:
+            raise ValueError(f"{source}: {name} is {tuple(weights[name].shape)}, it must have {rank} dimensions")
+    if "encoder.pos_embed" in released and released["encoder.pos_embed"].ndim != 3:
+        raise ValueError(f"{source}: encoder.pos_embed is {tuple(released['encoder.pos_embed'].shape)}, not 3-D")
     weights["encoder.patch_embed.weight"] = weights["encoder.patch_embed.weight"].flatten(1)
     config, assumed = _config_of(released, weights, overrides)
     if config.method == "cae-v2":  # released v2 files carry a LayerNorm that v2 never applies
@@ -730,14 +732,15 @@ def _read_official(source):
             else:  # released training checkpoints also pickle their argparse.Namespace, which is plain data
                 with torch.serialization.safe_globals([argparse.Namespace]):
                     state = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        except Exception as error:  # a damaged pickle can fail in any way, down to struct.error and IndexError
             reason = str(error).strip().splitlines()
             reason = reason[0] if reason else type(error).__name__
             raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
     else:
         state = source
     state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
+    if not named or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise ValueError(f"{source if isinstance(source, (str, Path)) else 'it'} holds no state dict of tensors")
     return state
 
@@ -770,6 +773,8 @@ def _config_of(released, weights, overrides):
     set_field("dim", dim)
     set_field("patch_size", patch_size)
     set_field("depth", depth("encoder.blocks."))
+    if table and table["depth"] != fields["depth"]:  # LW-DETR's encoders are cut short, a damaged file may be too
+        logger.warning("the checkpoint has %d encoder blocks, %s has %d", fields["depth"], size, table["depth"])
     set_field("heads", table.get("heads", max(dim // 64, 1)), known=False)
     if "encoder.pos_embed" in released:
         rows = math.isqrt(released["encoder.pos_embed"].shape[1] - 1)

@@ -94,7 +94,7 @@ class DataArgs:
     batch_size: int | None = None
     """Images per process and forward pass. Default: 256, or the effective batch size's share if that is less."""
     effective_batch_size: int | None = None
-    """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 256)."""
+    """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 128)."""
     workers: int | None = None
     """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 8."""
     shuffle_window: int = 512
@@ -110,7 +110,7 @@ class RunArgs:
     run_dir: str | None = None
     """Run folder. Default: runs/METHOD-SIZE, with -demo for the demo."""
     epochs: float | None = None
-    """Passes over the data. Default: 300 (nano and demo: 40)."""
+    """Passes over the data. Default: 300 (nano and demo: 10)."""
     steps: int | None = None
     """Optimizer steps, instead of epochs."""
     seed: int = 0
@@ -186,7 +186,7 @@ class RecipeArgs:
     """Optimisation and augmentation."""
 
     lr: float | None = None
-    """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano, demo: 1.6e-2)."""
+    """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano, demo: 4e-2)."""
     min_lr: float = 1e-5
     """Learning rate at the end of the cosine."""
     warmup_epochs: float | None = None
@@ -259,19 +259,18 @@ def resolve(args, world=1):
     clip = str(DEMO / "clip_teacher") if demo else "openai/clip-vit-base-patch16"
     require(target.teacher is None or target.target != "pixels", "--teacher has no use with --target pixels: drop one")
     default(target, "teacher", {"clip": clip, "dalle": "facebook/flava-image-codebook", "pixels": ""}[target.target])
-    default(recipe, "lr", 1.6e-2 if small else 1.5e-3)
+    default(recipe, "lr", 4e-2 if small else 1.5e-3)
     default(recipe, "crop_scale", (0.4, 1.0) if v2_method else (0.08, 1.0))
     default(recipe, "color_jitter", 0.4 if v2_method else 0.0)
     default(recipe, "weight_decay_end", recipe.weight_decay)
     require(run.epochs is None or run.steps is None, "--epochs and --steps are both given: give one")
     if run.steps is None:
-        default(run, "epochs", 40.0 if small else 300.0)
+        default(run, "epochs", 10.0 if small else 300.0)
     default(run, "run_dir", f"runs/{model.method}-{model.size}{'-demo' if demo else ''}")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    default(data, "workers", max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))))
+    default(data, "workers", min(8, cores_per_process()))
     require(data.batch_size is None or data.batch_size > 0, f"--batch-size is {data.batch_size}: it must be positive")
     given = data.effective_batch_size is not None
-    default(data, "effective_batch_size", 256 if small else 2048)
+    default(data, "effective_batch_size", 128 if small else 2048)
     default(data, "batch_size", max(1, min(256, data.effective_batch_size // world)))
     per_pass = data.batch_size * world
     if not given:  # the recipe's, as near as this number of processes comes to it
@@ -328,6 +327,12 @@ def model_config(args, **overrides):
 def num_masked(args, config):
     """ceil(mask ratio * N), so 0.15 of 196 is 30."""
     return math.ceil(args.target.mask_ratio * config.num_patches - 1e-9)
+
+
+def cores_per_process():
+    """This process's share of the cores that may be used."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def flat(args):
@@ -1056,6 +1061,8 @@ def train(args):
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     rank, device = accelerator.process_index, accelerator.device
+    if device.type == "cpu":
+        torch.set_num_threads(cores_per_process())  # accelerate launch leaves one
     run_dir = Path(args.run.run_dir)
 
     with accelerator.main_process_first():
@@ -1089,9 +1096,9 @@ def train(args):
                     json.dumps({"args": flat(args), "model": dataclasses.asdict(config)}, indent=2))  # fmt: skip
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{config.method} {args.model.size}, {millions:.1f} M parameters, {num_masked(args, config)} of "
-              f"{config.num_patches} patches masked; {world} processes x {batch_size} images x {accumulation} = "
-              f"{effective} images a step; {total} steps, {epochs:.1f} epochs; {args.run.precision} on {device}; "
-              f"{run_dir}", flush=True)  # fmt: skip
+              f"{config.num_patches} patches masked; {world} process{'es' * (world > 1)} x {batch_size} images x "
+              f"{accumulation} = {effective} images a step; {total} steps, {epochs:.1f} epochs; "
+              f"{'fp32' if precision == 'no' else precision} on {device}; {run_dir}", flush=True)  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     start, place = 0, None

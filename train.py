@@ -471,7 +471,7 @@ def open_source(args, slots=1):
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
         raise UserError(f"data set {args.dataset} cannot be reached: {first_line(error)}") from error
 
-    streams = builder.name in ("parquet", "webdataset")  # folders of images are read in place, at random
+    streams = path is None or builder.name in ("parquet", "webdataset")  # local images are read in place, at random
     try:
         if args.streaming and streams:
             splits = builder.as_streaming_dataset()
@@ -514,7 +514,7 @@ def count_images(builder, split):
     info = (builder.info.splits or {}).get(split)
     if info is not None and info.num_examples:
         return info.num_examples
-    files = [str(f) for f in builder.config.data_files[split]]
+    files = [str(f) for f in (builder.config.data_files or {}).get(split, ["unknown"])]
     if not all(Path(f).is_file() for f in files):
         return None
     if builder.name == "parquet":
@@ -1047,6 +1047,11 @@ class Log:
 # The loop.
 
 
+def to_device(tensor, device):
+    """Copy to the device; to a GPU from pinned memory, so that the host does not wait."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+
+
 def train(args):
     """Pretrain as `args` say. Raises UserError and RunError."""
     world = int(os.environ.get("WORLD_SIZE", 1))
@@ -1078,11 +1083,13 @@ def train(args):
         raise UserError(f"the number of images in {source.name} is unknown: pass --num-images, or --steps for --epochs")
     steps_per_pass = source.num_images / effective if source.num_images else None
     total = args.run.steps or max(1, math.ceil(args.run.epochs * steps_per_pass))
-    epochs = total / steps_per_pass if steps_per_pass else args.run.epochs or 0
-    warmup = args.recipe.warmup_epochs
-    if warmup is None:  # 10, 20, 40 epochs for 300, 800, 1600
-        warmup = epochs / 30 if epochs <= 300 else epochs / 40
-    warmup = round(warmup * steps_per_pass) if steps_per_pass else total // 30
+    epochs = total / steps_per_pass if steps_per_pass else None
+    if args.recipe.warmup_epochs is None:  # 10, 20, 40 epochs for 300, 800, 1600
+        warmup = total // (40 if epochs and epochs > 300 else 30)
+    elif epochs is None:
+        raise UserError(f"the number of images in {source.name} is unknown: --warmup-epochs needs --num-images")
+    else:
+        warmup = round(args.recipe.warmup_epochs * steps_per_pass)
     peak = args.recipe.lr * effective / 2048
 
     torch.manual_seed(args.run.seed)
@@ -1097,7 +1104,7 @@ def train(args):
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{config.method} {args.model.size}, {millions:.1f} M parameters, {num_masked(args, config)} of "
               f"{config.num_patches} patches masked; {world} process{'es' * (world > 1)} x {batch_size} images x "
-              f"{accumulation} = {effective} images a step; {total} steps, {epochs:.1f} epochs; "
+              f"{accumulation} = {effective} images a step; {total} steps, {round(epochs, 1) if epochs else '?'} epochs; "
               f"{'fp32' if precision == 'no' else precision} on {device}; {run_dir}", flush=True)  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
@@ -1122,7 +1129,7 @@ def train(args):
             asked = time.perf_counter()
             batch = next(stream)
             waited += time.perf_counter() - asked
-            pixels, visible, masked = (batch[n].to(device, non_blocking=True) for n in ("images", "visible", "masked"))
+            pixels, visible, masked = (to_device(batch[name], device) for name in ("images", "visible", "masked"))
             pixels = pixels.float() / 255                                                # (B, 3, S, S)
             with torch.no_grad():
                 target = teacher(pixels)  # the one line in which targets are made

@@ -5,12 +5,11 @@ import json
 import math
 import os
 import re
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from images import write_folder
+from hub import serve
+from images import write_folder, write_parquet, write_tars
 from launch import launch, log_of, succeeded
 from safetensors.torch import load_file
 
@@ -136,39 +135,38 @@ def test_skipped_files_are_in_the_log(tmp_path):
     assert "skipped" in process.stderr and "000000.png" in process.stderr
 
 
-class Hub(BaseHTTPRequestHandler):
-    """A stand-in for the Hub that answers for one gated data set, and for no other."""
-
-    def do_GET(self):
-        gated = "secret/pictures" in self.path
-        self.send_response(401 if gated else 404)
-        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
-        self.send_header("X-Error-Message", "Access to dataset is restricted." if gated else "Repository not found")
-        self.end_headers()
-
-    do_HEAD = do_GET  # noqa: N815
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture(scope="module")
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}
-    server.shutdown()
-
-
 @pytest.mark.parametrize(("name", "message"), [
     ("secret/pictures", "is gated: accept its terms at https://huggingface.co/datasets/secret/pictures"),
     ("nobody/nothing", "was not found on the Hub (nor as a local folder)"),
 ])  # fmt: skip
-def test_data_sets_that_the_hub_does_not_give(tmp_path, hub, name, message):
-    process = launch("train.py", "--dataset", name, "--run-dir", tmp_path / "run", **hub)
+def test_data_sets_that_the_hub_does_not_give(tmp_path, name, message):
+    with serve() as (environment, _):
+        process = launch("train.py", "--dataset", name, "--run-dir", tmp_path / "run", **environment)
     assert process.returncode == 2, process.stderr
     assert message in process.stderr and "Traceback" not in process.stderr
     assert "hf auth login" in process.stderr
+
+
+@pytest.mark.parametrize(("form", "flags", "processes"), [
+    ("parquet", [], 2), ("parquet", ["--no-streaming"], 1), ("tar", ["--num-images", "90"], 1)])  # fmt: skip
+def test_a_data_set_of_the_hub(tmp_path, form, flags, processes):
+    """Streamed over HTTP or downloaded, from a stand-in that knows the Hub's interface."""
+    counts = (30, 30, 20, 10)
+    if form == "parquet":
+        write_parquet(tmp_path / "repo" / "data", counts, group=10)
+        card = "---\ndataset_info:\n  splits:\n  - name: train\n    num_examples: 90\n---\n"
+        (tmp_path / "repo" / "README.md").write_text(card)
+    else:
+        write_tars(tmp_path / "repo" / "data", counts)
+    with serve(tmp_path / "repo") as (environment, requests):
+        train = ["--dataset", "some/pictures", "--size", "nano", "--teacher", "demo/clip_teacher", "--epochs", "1"]
+        process = run(tmp_path / "run", *train, *flags, "--workers", "1", "--effective-batch-size", str(16 * processes),
+                      processes=processes, HF_HOME=str(tmp_path / "cache"), **environment)  # fmt: skip
+    last = log_of(tmp_path / "run")[-1]
+    assert last["epoch"] >= 1 and last["skipped"] == 0
+    assert last["step"] == math.ceil(90 / (16 * processes)) and "1." in process.stdout
+    whole_files = [r for r in requests if r.startswith("GET") and "/data/train" in r and r.endswith(" ")]
+    assert bool(whole_files) == (form == "tar" or "--no-streaming" in flags), "streamed Parquet asks for ranges only"
 
 
 def test_mistakes_end_a_real_process_with_code_2(tmp_path):

@@ -1,0 +1,107 @@
+"""A stand-in for the Hub on this machine: real HTTP, one public data set made of local files, one gated one.
+
+It answers what huggingface_hub asks for a data set: repository info, file listings, file contents with byte ranges.
+"""
+
+import hashlib
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import parse_qs, unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def handler(files, requests):
+    def describe(name):
+        data = files[name]
+        return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+
+    class Hub(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def reply(self, status, body=b"", **headers):
+            body = body if isinstance(body, bytes) else json.dumps(body).encode()
+            self.send_response(status)
+            headers.setdefault("Content_Length", str(len(body)))
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_GET(self):
+            path = unquote(urlsplit(self.path).path)
+            requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
+            if "secret/pictures" in path:
+                return self.reply(401, X_Error_Code="GatedRepo", X_Error_Message="Access to dataset is restricted.")
+            if "some/pictures" not in path:
+                return self.reply(404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
+            if "/resolve/" in path:
+                name = path.split("/resolve/", 1)[1].split("/", 1)[1]
+                if name not in files:
+                    return self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+                data, etag = files[name], hashlib.sha1(files[name]).hexdigest()
+                common = {"ETag": f'"{etag}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+                wanted = self.headers.get("Range")
+                if wanted and self.command == "GET":
+                    first, _, last = wanted.removeprefix("bytes=").partition("-")
+                    first, last = int(first), min(int(last or len(data) - 1), len(data) - 1)
+                    part = data[first : last + 1]
+                    return self.reply(206, part, Content_Range=f"bytes {first}-{last}/{len(data)}", **common)
+                if self.command == "HEAD":
+                    return self.reply(200, Content_Length=str(len(data)), **common)
+                return self.reply(200, data, **common)
+            if "/tree/" in path:
+                under = path.split("/tree/", 1)[1].split("/", 1)[1:] or [""]
+                recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
+                names = [n for n in files if n.startswith(under[0])]
+                if not names:
+                    return self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
+                below = [n[len(under[0]) :].lstrip("/") for n in names]
+                folders = sorted({b.split("/")[0] for b in below if "/" in b})
+                prefix = f"{under[0]}/" if under[0] else ""
+                entries = [{"type": "directory", "path": prefix + f, "size": 0, "oid": COMMIT} for f in folders]
+                entries += [describe(n) for n, b in zip(names, below, strict=True) if recursive or "/" not in b]
+                return self.reply(200, entries, Content_Type="application/json")
+            siblings = [{"rfilename": name} for name in files]
+            info = {"id": "some/pictures", "sha": COMMIT, "private": False, "gated": False, "disabled": False,
+                    "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}  # fmt: skip
+            return self.reply(200, info, Content_Type="application/json")
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            requests.append(f"POST {self.path}")
+            if "/paths-info/" in self.path:
+                text = body.decode()
+                paths = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text).get("paths", [])
+                found = [describe(p) for p in paths if p in files]
+                folders = [p for p in paths if p not in files and any(n.startswith(f"{p}/") for n in files)]
+                found += [{"type": "directory", "path": p, "size": 0, "oid": COMMIT} for p in folders]
+                return self.reply(200, found, Content_Type="application/json")
+            return self.reply(404)
+
+        def log_message(self, *_):
+            pass
+
+    return Hub
+
+
+@contextmanager
+def serve(folder=None):
+    """Yields the environment that points huggingface_hub here, and the list of requests so far."""
+    files = {}
+    if folder is not None:
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+    requests = []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(files, requests))
+    server.handle_error = lambda *_: None  # a client that leaves is no error
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}, requests
+    finally:
+        server.shutdown()

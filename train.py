@@ -772,10 +772,10 @@ class CLIPTeacher(nn.Module):
         super().__init__()
         from transformers import CLIPVisionModelWithProjection
 
-        config = load_pretrained(name, "clip_vision_model", "a CLIP vision model with projection")
-        config = getattr(config, "vision_config", config)
-        self.model = load_pretrained(name, CLIPVisionModelWithProjection)
+        kinds = ("clip_vision_model", "clip")
+        self.model = load_pretrained(name, CLIPVisionModelWithProjection, kinds, "a CLIP vision model with projection")
         self.target_dim = self.model.visual_projection.out_features
+        config = self.model.config
         self.student_patch, self.teacher_patch, self.native_size = patch_size, config.patch_size, config.image_size
         self.mean, self.std = CLIP_MEAN, CLIP_STD
 
@@ -802,8 +802,8 @@ class DALLETeacher(nn.Module):
         super().__init__()
         from transformers import FlavaImageCodebook
 
-        load_pretrained(name, "flava_image_codebook", "a FLAVA image codebook")
-        self.model = load_pretrained(name, FlavaImageCodebook)
+        kinds = ("flava_image_codebook",)
+        self.model = load_pretrained(name, FlavaImageCodebook, kinds, "a FLAVA image codebook")
         self.patch_size, self.target_dim = patch_size, self.model.config.vocab_size
 
     def forward(self, pixels):
@@ -828,22 +828,24 @@ class PixelTeacher(nn.Module):
         return patches                                                                   # (B, N, 3 P^2)
 
 
-def load_pretrained(name, kind, description=None):
-    """A transformers model class -> the model; a model type (str) -> the config, checked. Raises UserError."""
-    from transformers import AutoConfig
+def load_pretrained(name, model_class, kinds, description):
+    """A transformers model from a folder or the Hub, after a look at what it is. Raises UserError."""
+    from transformers import PretrainedConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise UserError(f"--teacher {name} does not exist: no such folder, and not an id of the Hub")
     try:
-        if isinstance(kind, str):
-            config = AutoConfig.from_pretrained(name)
-            if config.model_type not in (kind, kind.replace("_vision_model", "")):
-                raise UserError(f"--teacher {name} is a {config.model_type}: {description} is needed")
-            return config
-        return kind.from_pretrained(name)
-    except (OSError, ValueError, SafetensorError) as error:
+        kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
+        if kind and kind not in kinds:
+            raise UserError(f"--teacher {name} is a {kind}: {description} is needed")
+        model, info = model_class.from_pretrained(name, output_loading_info=True)
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise UserError(f"--teacher {name} lacks weights of {description}: {missing}, ...")
+        return model
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--teacher {name} cannot be loaded: {first_line(error)}") from error
 
 
@@ -1104,7 +1106,7 @@ def train(args):
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{config.method} {args.model.size}, {millions:.1f} M parameters, {num_masked(args, config)} of "
               f"{config.num_patches} patches masked; {world} process{'es' * (world > 1)} x {batch_size} images x "
-              f"{accumulation} = {effective} images a step; {total} steps, {round(epochs, 1) if epochs else '?'} epochs; "
+              f"{accumulation} = {effective} images a step; {total} steps, {round(epochs or 0, 1) or '?'} epochs; "
               f"{'fp32' if precision == 'no' else precision} on {device}; {run_dir}", flush=True)  # fmt: skip
     model, optimizer = accelerator.prepare(model, optimizer)
     model.train()

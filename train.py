@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 # Before torch starts its threads: idle ones that spin would take the cores from the loading workers (on two cores the
 # demo then runs at less than half its speed).
@@ -75,6 +75,12 @@ class RunError(Exception):
 # Arguments. Values of None follow from others; `resolve` fills them in.
 
 
+# None: by the recipe, or read from the data. --help then shows the docstring's "Default: ..." alone.
+AutoInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+AutoFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+AutoStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+
 @dataclass
 class DataArgs:
     """Which images, and how they reach the model."""
@@ -83,19 +89,19 @@ class DataArgs:
     """Hub id; local folder (class subfolders, Parquet or webdataset .tar) or file; or `demo`."""
     split: str = "train"
     """Split of the data set."""
-    image_column: str | None = None
+    image_column: AutoStr = None
     """Column with the images. Default: `image`, or the first column of images."""
-    label_column: str | None = None
+    label_column: AutoStr = None
     """Column with the labels; pretraining only checks that it exists. Default: `label`, where there is one."""
-    streaming: bool = False
+    streaming: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Read shards as a stream instead of downloading them first (Parquet, tar). Default: on for Hub ids and `demo`."""
-    num_images: int | None = None
+    num_images: AutoInt = None
     """Images in the split. Default: read from the data; needed for remote tar shards only."""
-    batch_size: int | None = None
+    batch_size: AutoInt = None
     """Images per process and forward pass. Default: 256, or the effective batch size's share if that is less."""
-    effective_batch_size: int | None = None
+    effective_batch_size: AutoInt = None
     """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 128)."""
-    workers: int | None = None
+    workers: AutoInt = None
     """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 8."""
     shuffle_window: int = 512
     """Streams: images of a worker that are shuffled among each other."""
@@ -107,11 +113,11 @@ class DataArgs:
 class RunArgs:
     """How long, where to, and on what."""
 
-    run_dir: str | None = None
+    run_dir: AutoStr = None
     """Run folder. Default: runs/METHOD-SIZE, with -demo for the demo."""
-    epochs: float | None = None
+    epochs: AutoFloat = None
     """Passes over the data. Default: 300 (nano and demo: 10)."""
-    steps: int | None = None
+    steps: AutoInt = None
     """Optimizer steps, instead of epochs."""
     seed: int = 0
     """Seed of everything random."""
@@ -135,25 +141,28 @@ class RunArgs:
 class ModelArgs:
     """The model. Defaults are the size's and the method's (SIZES in cae.py)."""
 
-    size: Literal["nano", "tiny", "small", "base", "large", "huge"] | None = None
+    size: Annotated[
+        Literal["nano", "tiny", "small", "base", "large", "huge"] | None,
+        tyro.conf.arg(metavar="{nano,tiny,small,base,large,huge}", help_behavior_hint=""),
+    ] = None
     """Encoder size. Default: base (demo: nano)."""
     method: Literal["cae-v2", "cae"] = "cae-v2"
     """CAE v2 (CLIP latents) or CAE (codes or pixels, with a decoder)."""
-    image_size: int | None = None
+    image_size: AutoInt = None
     """Side of the square crop, in pixels. Default: 224 (nano and demo: 28)."""
-    patch_size: int | None = None
+    patch_size: AutoInt = None
     """Side of a patch, in pixels. Default: 16 (nano and demo: 4)."""
-    regressor_dim: int | None = None
+    regressor_dim: AutoInt = None
     """Width of regressor and decoder."""
-    regressor_depth: int | None = None
+    regressor_depth: AutoInt = None
     """Blocks of the regressor."""
-    regressor_heads: int | None = None
+    regressor_heads: AutoInt = None
     """Attention heads of regressor and decoder."""
-    decoder_depth: int | None = None
+    decoder_depth: AutoInt = None
     """Blocks of the decoder (cae)."""
-    layer_scale: float | None = None
+    layer_scale: AutoFloat = None
     """Initial LayerScale."""
-    drop_path: float | None = None
+    drop_path: AutoFloat = None
     """Stochastic depth of the last block."""
 
 
@@ -163,13 +172,16 @@ class TargetArgs:
 
     mask: Literal["block", "random"] = "block"
     """Block-wise or uniformly random masks."""
-    mask_ratio: float | None = None
+    mask_ratio: AutoFloat = None
     """Masked share of the patches. Default: 0.5; with cae-v2 tiny 0.15, nano and small 0.25."""
-    min_block: int | None = None
+    min_block: AutoInt = None
     """Smallest area of a masked block, in patches. Default: 16 (nano and demo: 4)."""
-    target: Literal["clip", "dalle", "pixels"] | None = None
+    target: Annotated[
+        Literal["clip", "dalle", "pixels"] | None,
+        tyro.conf.arg(metavar="{clip,dalle,pixels}", help_behavior_hint=""),
+    ] = None
     """clip (cae-v2); DALL-E's codes or pixels (cae). Default: clip; dalle, with the demo pixels."""
-    teacher: str | None = None
+    teacher: AutoStr = None
     """Hub id or folder. Default: openai/clip-vit-base-patch16 (demo/clip_teacher), facebook/flava-image-codebook."""
     normalize_pixels: bool = False
     """Pixels: normalise every patch by its own mean and variance, as MAE does."""
@@ -185,15 +197,15 @@ class TargetArgs:
 class RecipeArgs:
     """Optimisation and augmentation."""
 
-    lr: float | None = None
+    lr: AutoFloat = None
     """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano, demo: 4e-2)."""
     min_lr: float = 1e-5
     """Learning rate at the end of the cosine."""
-    warmup_epochs: float | None = None
+    warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: 1/30 of a run up to 300 epochs, 1/40 of a longer one."""
     weight_decay: float = 0.05
     """Weight decay; none on parameters of one dimension, nor on class and mask tokens."""
-    weight_decay_end: float | None = None
+    weight_decay_end: AutoFloat = None
     """Weight decay at the end, reached by a cosine. Default: constant."""
     beta1: float = 0.9
     """AdamW, first moment."""
@@ -203,9 +215,11 @@ class RecipeArgs:
     """AdamW, epsilon."""
     clip_grad: float = 3.0
     """Largest norm of the gradient; 0 does not clip."""
-    crop_scale: tuple[float, float] | None = None
+    crop_scale: Annotated[
+        tuple[float, float] | None, tyro.conf.arg(metavar="FLOAT FLOAT", help_behavior_hint="")
+    ] = None
     """Area of the random crop. Default: 0.4 1.0 (cae-v2), 0.08 1.0 (cae)."""
-    color_jitter: float | None = None
+    color_jitter: AutoFloat = None
     """Strength of brightness, contrast and saturation jitter. Default: 0.4 (cae-v2), 0 (cae)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""

@@ -111,6 +111,13 @@ def test_every_method_trains(tmp_path, flags):
         assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
+def test_the_demo_learns(tmp_path):
+    """The README's first command, cut short: its loss clearly falls."""
+    succeeded(launch("train.py", "--dataset", "demo", "--steps", "60", "--run-dir", tmp_path))
+    first, _, last = log_of(tmp_path)
+    assert first["step"] == 20 and last["loss"] < 0.8 * first["loss"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     flags = ["--steps", "30", "--checkpoint-every", "2", "--log-every", "5", "--lr", "1e38", "--warmup-epochs", "0.01"]
     process = launch(*SHORT, "--run-dir", tmp_path, *flags)

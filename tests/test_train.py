@@ -310,7 +310,8 @@ def test_every_argument_is_documented_and_grouped(capsys):
     for group in dataclasses.fields(Args):
         assert f"{group.name} options" in text
         (body,) = (node.body for node in ast.parse(inspect.getsource(group.default_factory)).body)
-        documented = [a.target.id for a, b in pairwise(body) if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
+        pairs = pairwise(body)
+        documented = [a.target.id for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)]
         for field in dataclasses.fields(group.default_factory):
             assert f"--{field.name.replace('_', '-')}" in text
             assert field.name in documented

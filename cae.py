@@ -13,6 +13,7 @@ deviation from it is named where it happens.
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import math
 import re
@@ -25,6 +26,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors.torch import load_file
 
 logger = logging.getLogger("cae")
@@ -40,7 +42,7 @@ def block_mask(batch, grid, num_masked, *, min_block=16, generator=None):
     Rectangles of random area and shape are laid on the grid until exactly `num_masked` patches are covered. The area
     is uniform between `min_block` and the number of patches still to be masked, the aspect ratio log-uniform between
     0.3 and 1 / 0.3. A rectangle counts if it is smaller than the grid in both directions and masks between one and
-    that number of new patches. Where 300 in a row do not (in a grid of 2 x 2 or 1 x 10 none can), single patches drawn
+    that number of new patches. Where 100 in a row do not (in a grid of 2 x 2 or 1 x 10 none can), single patches drawn
     at random complete the mask.
 
     Args: batch, number of images; grid, (rows, columns); generator, a CPU torch.Generator (None: the global one).
@@ -51,7 +53,7 @@ def block_mask(batch, grid, num_masked, *, min_block=16, generator=None):
     masks = [_draw_blocks(rows, columns, num_masked, min_block, generator) for _ in range(batch)]
     # A mask is one integer with bit r * columns + c for the patch in row r, column c: bytes, then bits, then indices.
     size = (rows * columns + 7) // 8
-    bits = torch.frombuffer(bytearray(b"".join(m.to_bytes(size, "little") for m in masks)), dtype=torch.uint8)
+    bits = torch.tensor([byte for mask in masks for byte in mask.to_bytes(size, "little")], dtype=torch.uint8)
     bits = (bits.view(batch, size, 1) >> torch.arange(8, dtype=torch.uint8)).view(batch, 8 * size)[:, : rows * columns]
     bits = (bits & 1).bool()
     return (~bits).nonzero()[:, 1].view(batch, -1), bits.nonzero()[:, 1].view(batch, num_masked)
@@ -74,7 +76,7 @@ def _check_mask(grid, num_masked):
     return rows, columns
 
 
-def _draw_blocks(rows, columns, num_masked, min_block, generator, tries=300):
+def _draw_blocks(rows, columns, num_masked, min_block, generator, tries=100):
     """One block-wise mask as an integer of rows * columns bits."""
     draws, used = [], 0
     log_ratio = math.log(1 / 0.3)
@@ -627,30 +629,29 @@ def init_weights(model):
 # ----------------------------------------------------------------------------------------------------------------
 # Import: checkpoints of the released code.
 
-# Released name -> ours, applied in this order to the whole name.
+# Our name -> the released one, applied in this order.
 _RENAME = [
-    (r"^encoder\.patch_embed\.proj\.", "encoder.patch_embed."),
-    (r"^encoder\.cls_token$", "encoder.class_token"),
-    (r"^mask_token$", "regressor.mask_token"),
-    (r"^encoder_to_regresser\.", "to_regressor.0."),
-    (r"^encoder_to_regresser_norm\.", "to_regressor.1."),
-    (r"^regresser\.regressor_blocks\.", "regressor.blocks."),
-    (r"^regresser\.", "regressor."),
-    (r"^decoder\.decoder_blocks\.", "objective.blocks."),
-    (r"^decoder\.", "objective."),
-    (r"\.norm1_([qkv])\.", r".norm_\1."),
-    (r"\.norm2_cross\.", ".norm2."),
-    (r"\.cross_attn\.([qv])_bias$", r".attn.\1.bias"),
-    (r"\.cross_attn\.", ".attn."),
-    (r"\.mlp_cross\.", ".mlp."),
-    (r"\.gamma_([12])(_cross)?$", r".scale\1"),
+    (r"^encoder\.patch_embed\.", "encoder.patch_embed.proj."),
+    (r"^encoder\.class_token$", "encoder.cls_token"),
+    (r"^to_regressor\.0\.", "encoder_to_regresser."),
+    (r"^to_regressor\.1\.", "encoder_to_regresser_norm."),
+    (r"^regressor\.mask_token$", "mask_token"),
+    (r"^regressor\.(.*)\.norm_([qkv])\.", r"regressor.\1.norm1_\2."),
+    (r"^regressor\.(.*)\.norm2\.", r"regressor.\1.norm2_cross."),
+    (r"^regressor\.(.*)\.attn\.([qv])\.bias$", r"regressor.\1.cross_attn.\2_bias"),
+    (r"^regressor\.(.*)\.attn\.", r"regressor.\1.cross_attn."),
+    (r"^regressor\.(.*)\.mlp\.", r"regressor.\1.mlp_cross."),
+    (r"^regressor\.(.*)\.scale([12])$", r"regressor.\1.gamma_\2_cross"),
+    (r"^regressor\.blocks\.", "regressor.regressor_blocks."),
+    (r"^regressor\.", "regresser."),
+    (r"^objective\.blocks\.", "decoder.decoder_blocks."),
+    (r"^objective\.", "decoder."),
+    (r"\.scale([12])$", r".gamma_\1"),
 ]
-# In released files, but nothing that we would load: the encoder's aliased copy, and the fixed positions.
-_PASS_OVER = re.compile(r"alignment_encoder\..*|encoder\.pos_embed|rd_pos_embed")
 
 
-def released_name_to_ours(name):
-    """The name of a parameter in the released code -> its name here."""
+def released_name(name):
+    """The name of a parameter here -> its name in the released code."""
     for pattern, replacement in _RENAME:
         name = re.sub(pattern, replacement, name)
     return name
@@ -670,47 +671,37 @@ def load_official(path_or_state_dict, **overrides):
     """
     source = path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else "the state dict"
     released = {name.removeprefix("module."): tensor for name, tensor in _read_official(path_or_state_dict).items()}
-    weights = {released_name_to_ours(k): v for k, v in released.items() if not _PASS_OVER.fullmatch(k)}
-    if "encoder.patch_embed.weight" not in weights:
-        raise ValueError(
-            f"{source} is not a checkpoint of CAE or CAE v2: encoder.patch_embed.proj.weight is missing; "
-            f"it holds {', '.join(list(released)[:5]) or 'nothing'}{', ...' if len(released) > 5 else ''}"
-        )
-    for name, rank in {"encoder.patch_embed.weight": 4, "regressor.mask_token": 3, "objective.head.weight": 2}.items():
-        if name in weights and weights[name].ndim != rank:
-            raise ValueError(f"{source}: {name} is {tuple(weights[name].shape)}, it must have {rank} dimensions")
-    if "encoder.pos_embed" in released and released["encoder.pos_embed"].ndim != 3:
-        raise ValueError(f"{source}: encoder.pos_embed is {tuple(released['encoder.pos_embed'].shape)}, not 3-D")
-    weights["encoder.patch_embed.weight"] = weights["encoder.patch_embed.weight"].flatten(1)
-    config, assumed = _config_of(released, weights, overrides)
-    if config.method == "cae-v2":  # released v2 files carry a LayerNorm that v2 never applies
-        weights = {k: v for k, v in weights.items() if not k.startswith("regressor.norm.")}
+    config, assumed = _config_of(released, source, overrides)
     model = CAE(config)
-    expected = model.state_dict()
+    state = model.state_dict()
+    names = {released_name(name): name for name in state}
     # A part may be absent as a whole, never in pieces.
-    fresh = []
-    for part, names in {
-        "class token and final LayerNorm": ("encoder.class_token", "encoder.norm."),
-        "regressor and objective": ("to_regressor.", "regressor.", "objective."),
-    }.items():
-        if not any(k.startswith(names) for k in weights):
-            fresh.append(part)
-            weights.update({k: v for k, v in expected.items() if k.startswith(names)})
+    fresh = {
+        "class token and final LayerNorm": ("encoder.cls_token", "encoder.norm."),
+        "regressor and objective": ("encoder_to_regresser", "mask_token", "regresser.", "decoder."),
+    }
+    fresh = {part: start for part, start in fresh.items() if not any(name.startswith(start) for name in released)}
+    expected = [name for name in names if not name.startswith(tuple(itertools.chain(*fresh.values())))]
+    # In released files, but nothing to load: the encoder's aliased copy, the fixed positions, and in v2 a LayerNorm
+    # that is never applied.
+    idle = ("alignment_encoder.", "encoder.pos_embed", "rd_pos_embed")
+    idle += ("regresser.norm.",) if config.method == "cae-v2" else ()
+    shapes = {name: state[names[name]].shape for name in expected}
+    shapes["encoder.patch_embed.proj.weight"] = (config.dim, 3, config.patch_size, config.patch_size)
     problems = {
-        "missing": sorted(expected.keys() - weights.keys()),
-        "surplus": sorted(weights.keys() - expected.keys()),
-        "of another shape": sorted(
-            f"{k} {tuple(weights[k].shape)}, expected {tuple(expected[k].shape)}"
-            for k in expected.keys() & weights.keys()
-            if weights[k].shape != expected[k].shape
-        ),
+        "missing": [name for name in expected if name not in released],
+        "surplus": [name for name in released if name not in names and not name.startswith(idle)],
+        "of another shape": [
+            f"{name} {tuple(released[name].shape)} instead of {tuple(shape)}"
+            for name, shape in shapes.items()
+            if name in released and released[name].shape != shape
+        ],
     }
     if any(problems.values()):
-        raise ValueError(
-            f"{source} is not a whole checkpoint of {config.method} (names as in this project): "
-            + "; ".join(f"{kind}: {', '.join(names)}" for kind, names in problems.items() if names)
-        )
-    model.load_state_dict(weights)
+        listed = "; ".join(f"{kind}: {', '.join(sorted(found))}" for kind, found in problems.items() if found)
+        raise ValueError(f"{source} is not a whole checkpoint of {config.method}: {listed}")
+    loaded = {names[name]: released[name].reshape(state[names[name]].shape) for name in expected}
+    model.load_state_dict({**state, **loaded})
     if assumed:
         logger.warning("%s: assumed %s; pass them as keywords if they are others", source, ", ".join(assumed))
     if fresh:
@@ -720,10 +711,13 @@ def load_official(path_or_state_dict, **overrides):
 
 def _read_official(source):
     """Path, Hub path or dict -> {released name: tensor}. Raises ValueError or FileNotFoundError."""
+    state, path = source, str(source)
     if isinstance(source, (str, Path)):
-        path = str(source)
         if "::" in path:
-            path = hf_hub_download(*path.split("::", 1))
+            try:
+                path = hf_hub_download(*path.split("::", 1))
+            except (HfHubHTTPError, HFValidationError, OSError) as error:
+                raise FileNotFoundError(f"{source} cannot be had from the Hub: {error}") from error
         if not Path(path).is_file():
             raise FileNotFoundError(f"checkpoint {path} does not exist")
         try:
@@ -733,69 +727,65 @@ def _read_official(source):
                 with torch.serialization.safe_globals([argparse.Namespace]):
                     state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can fail in any way, down to struct.error and IndexError
-            reason = str(error).strip().splitlines()
-            reason = reason[0] if reason else type(error).__name__
+            reason = "it is damaged, or holds more than tensors and plain data; nothing in it was executed"
             raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
-    else:
-        state = source
     state = state.get("model", state) if isinstance(state, dict) else state
-    named = isinstance(state, dict) and all(isinstance(k, str) for k in state)
-    if not named or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise ValueError(f"{source if isinstance(source, (str, Path)) else 'it'} holds no state dict of tensors")
+    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
+    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+        raise ValueError(f"{path if state is not source else 'the argument'} holds no state dict of tensors")
     return state
 
 
-def _config_of(released, weights, overrides):
-    """CAEConfig read from the shapes of the tensors, and the list of what had to be assumed."""
+def _config_of(released, source, overrides):
+    """CAEConfig read from the shapes of the released tensors, and the list of what had to be assumed."""
+    ranks = {"encoder.patch_embed.proj.weight": 4, "encoder.pos_embed": 3, "mask_token": 3, "decoder.head.weight": 2}
+    for name, rank in ranks.items():
+        if name in released and released[name].ndim != rank:
+            raise ValueError(f"{source}: {name} is {tuple(released[name].shape)}, it must have {rank} dimensions")
+    if "encoder.patch_embed.proj.weight" not in released:
+        raise ValueError(
+            f"{source} is not a checkpoint of CAE or CAE v2: encoder.patch_embed.proj.weight is missing; "
+            f"it holds {', '.join(list(released)[:5]) or 'nothing'}{', ...' if len(released) > 5 else ''}"
+        )
 
     def depth(prefix):
-        numbers = [int(k[len(prefix) :].split(".")[0]) for k in weights if k.startswith(prefix)]
-        return max(numbers) + 1 if numbers else 0
+        numbers = [name[len(prefix) :].split(".")[0] for name in released if name.startswith(prefix)]
+        return max((int(n) for n in numbers if n.isdigit()), default=-1) + 1
 
-    fields, assumed = {}, []
-
-    def set_field(name, value, known=True):
-        if name not in overrides and not known:
-            assumed.append(f"{name}={value}")
-        fields[name] = overrides.get(name, value)
-
-    dim = len(weights["encoder.patch_embed.weight"])
-    patch_size = math.isqrt(weights["encoder.patch_embed.weight"].shape[1] // 3)
-    has_head = "objective.head.weight" in weights
-    decoder_depth = depth("objective.blocks.")
+    dim, _, patch_size, _ = released["encoder.patch_embed.proj.weight"].shape
+    head, decoder_depth = released.get("decoder.head.weight"), depth("decoder.decoder_blocks.")
     # Without decoder blocks (the ablation of the paper), v1 is told by its alignment encoder or its 8192 codes.
-    codes = has_head and len(weights["objective.head.weight"]) == 8192
-    is_v1 = decoder_depth > 0 or codes or any(k.startswith("alignment_encoder.") for k in released)
-    set_field("method", "cae" if is_v1 else "cae-v2", known=has_head)
+    aliased = any(name.startswith("alignment_encoder.") for name in released)
+    is_v1 = decoder_depth > 0 or aliased or (head is not None and len(head) == 8192)
+    read = {"method": "cae" if is_v1 else "cae-v2"}
     # The table's row of this width gives what shapes cannot.
-    size = next((s for s in SIZES if SIZES[s]["encoder"]["dim"] == dim), None)
-    table = dataclasses.asdict(CAEConfig.from_size(size, fields["method"])) if size else {}
-    set_field("dim", dim)
-    set_field("patch_size", patch_size)
-    set_field("depth", depth("encoder.blocks."))
-    if table and table["depth"] != fields["depth"]:  # LW-DETR's encoders are cut short, a damaged file may be too
-        logger.warning("the checkpoint has %d encoder blocks, %s has %d", fields["depth"], size, table["depth"])
-    set_field("heads", table.get("heads", max(dim // 64, 1)), known=False)
+    size = next((name for name in SIZES if SIZES[name]["encoder"]["dim"] == dim), None)
+    table = dataclasses.asdict(CAEConfig.from_size(size, overrides.get("method", read["method"]))) if size else {}
+    read |= {"dim": dim, "patch_size": patch_size, "depth": depth("encoder.blocks.")}
+    guessed = {"heads": table.get("heads", max(dim // 64, 1))}
+    if table and table["depth"] != read["depth"]:  # LW-DETR's encoders are cut short, a damaged file may be too
+        logger.warning("%s has %d encoder blocks, %s has %d", source, read["depth"], size, table["depth"])
     if "encoder.pos_embed" in released:
-        rows = math.isqrt(released["encoder.pos_embed"].shape[1] - 1)
-        set_field("image_size", rows * patch_size)
+        read["image_size"] = math.isqrt(max(released["encoder.pos_embed"].shape[1] - 1, 0)) * patch_size
     else:
-        set_field("image_size", 14 * patch_size, known=False)
-    if "regressor.mask_token" in weights:
-        width = weights["regressor.mask_token"].shape[-1]
+        guessed["image_size"] = 14 * patch_size
+    if "mask_token" in released:
+        width = released["mask_token"].shape[-1]
+        read |= {"regressor_dim": width, "decoder_depth": decoder_depth}
+        read["regressor_depth"] = depth("regresser.regressor_blocks.")
         same = table.get("regressor_dim") == width
-        set_field("regressor_dim", width)
-        set_field("regressor_depth", depth("regressor.blocks."))
-        set_field("regressor_heads", table["regressor_heads"] if same else max(width // 64, 1), known=False)
-        set_field("decoder_depth", decoder_depth)
-        set_field("target_dim", len(weights["objective.head.weight"]) if has_head else table.get("target_dim", 512))
+        guessed["regressor_heads"] = table["regressor_heads"] if same else max(width // 64, 1)
+        if head is not None:
+            read["target_dim"] = len(head)
     else:  # nothing of the pretraining side is in the file: the table's, or as wide as the encoder
-        fallback = {"regressor_dim": dim, "regressor_heads": fields["heads"]}
-        for name in ("regressor_dim", "regressor_depth", "regressor_heads", "decoder_depth", "target_dim"):
-            if name in table or name in fallback:
-                set_field(name, table.get(name, fallback.get(name)))
-    set_field("layer_scale", table.get("layer_scale", 0.1))
-    return CAEConfig(**{**fields, **overrides}), assumed
+        guessed |= {"method": read.pop("method")}
+        read |= {"regressor_dim": dim, "regressor_heads": overrides.get("heads", guessed["heads"])}
+        names = ("regressor_dim", "regressor_depth", "regressor_heads", "decoder_depth", "target_dim")
+        read |= {name: table[name] for name in names if name in table}
+    if "layer_scale" in table:
+        read["layer_scale"] = table["layer_scale"]
+    assumed = [f"{name}={value}" for name, value in guessed.items() if name not in overrides]
+    return CAEConfig(**{**read, **guessed, **overrides}), assumed
 
 
 # ----------------------------------------------------------------------------------------------------------------

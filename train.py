@@ -36,6 +36,7 @@ from typing import Annotated, Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import datasets
+import fsspec
 import pyarrow.parquet as pq
 import torch
 import torch.nn as nn
@@ -52,7 +53,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-from cae import CAE, CAEConfig, block_mask, patch_grid, patchify, random_mask
+from cae import CAE, SIZES, CAEConfig, block_mask, patch_grid, patchify, random_mask
 
 DEMO = Path(__file__).resolve().parent / "demo"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -141,10 +142,7 @@ class RunArgs:
 class ModelArgs:
     """The model. Defaults are the size's and the method's (SIZES in cae.py)."""
 
-    size: Annotated[
-        Literal["nano", "tiny", "small", "base", "large", "huge"] | None,
-        tyro.conf.arg(metavar="{nano,tiny,small,base,large,huge}", help_behavior_hint=""),
-    ] = None
+    size: Annotated[str | None, tyro.conf.arg(metavar="|".join(SIZES), help_behavior_hint="")] = None
     """Encoder size. Default: base (demo: nano)."""
     method: Literal["cae-v2", "cae"] = "cae-v2"
     """CAE v2 (CLIP latents) or CAE (codes or pixels, with a decoder)."""
@@ -176,10 +174,7 @@ class TargetArgs:
     """Masked share of the patches. Default: 0.5; with cae-v2 tiny 0.15, nano and small 0.25."""
     min_block: AutoInt = None
     """Smallest area of a masked block, in patches. Default: 16 (nano and demo: 4)."""
-    target: Annotated[
-        Literal["clip", "dalle", "pixels"] | None,
-        tyro.conf.arg(metavar="{clip,dalle,pixels}", help_behavior_hint=""),
-    ] = None
+    target: Annotated[str | None, tyro.conf.arg(metavar="clip|dalle|pixels", help_behavior_hint="")] = None
     """clip (cae-v2); DALL-E's codes or pixels (cae). Default: clip; dalle, with the demo pixels."""
     teacher: AutoStr = None
     """Hub id or folder. Default: openai/clip-vit-base-patch16 (demo/clip_teacher), facebook/flava-image-codebook."""
@@ -264,12 +259,17 @@ def resolve(args, world=1):
             raise UserError(message)
 
     default(model, "size", "nano" if demo else "base")
+    require(model.size in SIZES, f"--size {model.size} does not exist: choose from {', '.join(SIZES)}")
     small = demo or model.size == "nano"  # small images, short runs
     default(model, "image_size", 28 if small else 224)
     default(model, "patch_size", 4 if small else 16)
     default(target, "mask_ratio", MASK_RATIO[model.size] if v2_method else 0.5)
     default(target, "min_block", 4 if small else 16)
     default(target, "target", "clip" if v2_method else "pixels" if demo else "dalle")
+    require(
+        target.target in (("clip",) if v2_method else ("dalle", "pixels")),
+        f"--method {model.method} cannot predict --target {target.target}: cae-v2 takes clip, cae dalle or pixels",
+    )
     clip = str(DEMO / "clip_teacher") if demo else "openai/clip-vit-base-patch16"
     require(target.teacher is None or target.target != "pixels", "--teacher has no use with --target pixels: drop one")
     default(target, "teacher", {"clip": clip, "dalle": "facebook/flava-image-codebook", "pixels": ""}[target.target])
@@ -303,10 +303,13 @@ def resolve(args, world=1):
     require(length > 0, f"--{'steps' if run.epochs is None else 'epochs'} is {length}: it must be positive")
     require(0 < target.mask_ratio < 1, f"--mask-ratio is {target.mask_ratio}: it must lie between 0 and 1")
     require(target.min_block > 0, f"--min-block is {target.min_block}: it must be positive")
-    require(
-        target.target in (("clip",) if v2_method else ("dalle", "pixels")),
-        f"--method {model.method} cannot predict --target {target.target}: cae-v2 takes clip, cae dalle or pixels",
-    )
+    require(recipe.lr > 0, f"--lr is {recipe.lr}: it must be positive")
+    require(recipe.adam_eps > 0, f"--adam-eps is {recipe.adam_eps}: it must be positive")
+    for name in ("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad"):
+        value = getattr(recipe, name) or 0
+        require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must not be negative")
+    for name in ("beta1", "beta2"):
+        require(0 <= getattr(recipe, name) < 1, f"--{name} is {getattr(recipe, name)}: it must lie in [0, 1)")
     low, high = recipe.crop_scale
     require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
     require(0 <= recipe.color_jitter <= 1, f"--color-jitter is {recipe.color_jitter}: it must lie between 0 and 1")
@@ -327,13 +330,14 @@ def model_config(args, **overrides):
     """The CAEConfig of these arguments. Raises UserError."""
     names = [f.name for f in dataclasses.fields(ModelArgs) if f.name not in ("size", "method")]
     fields = {n: getattr(args.model, n) for n in names if getattr(args.model, n) is not None}
-    weights = dict(align_weight=args.target.align_weight, reconstruct_weight=args.target.reconstruct_weight)
     if args.model.method == "cae-v2":
-        weights = dict(supervise=args.target.supervise)
+        fields["supervise"] = args.target.supervise
+    else:
+        fields |= {"align_weight": args.target.align_weight, "reconstruct_weight": args.target.reconstruct_weight}
     if args.target.target == "pixels":
         overrides["target_dim"] = 3 * args.model.patch_size**2
     try:
-        return CAEConfig.from_size(args.model.size, args.model.method, **fields, **weights, **overrides)
+        return CAEConfig.from_size(args.model.size, args.model.method, **fields, **overrides)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -447,6 +451,8 @@ def local_path(dataset):
     """Path of a local data set; None for a Hub id. Raises UserError for a path that does not exist."""
     if dataset == "demo":
         return DEMO / "fashion_mnist"
+    if not dataset:
+        raise UserError("--dataset is empty: give a Hub id, a folder, a file, or demo")
     path = Path(dataset).expanduser()
     if path.exists():
         return path
@@ -455,71 +461,92 @@ def local_path(dataset):
     return None
 
 
-def open_source(args, slots=1):
-    """DataArgs -> Source. `slots` is how many processes share a stream. Raises UserError."""
-    path = local_path(args.dataset)
+def open_builder(dataset):
+    """The datasets builder of a Hub id, folder or file. Raises UserError."""
+    path = local_path(dataset)
     try:
         if path is None:
-            builder = datasets.load_dataset_builder(args.dataset)
-        elif path.is_file():
-            kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
-            if kind is None:
-                raise UserError(f"data set {path} is neither a folder nor a .parquet or .tar file")
-            builder = datasets.load_dataset_builder(kind, data_files={"train": str(path)})
-        else:
-            builder = datasets.load_dataset_builder(str(path))
+            return datasets.load_dataset_builder(dataset)
+        if path.is_dir():
+            return datasets.load_dataset_builder(str(path))
+        kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
+        if kind is None:
+            raise UserError(f"data set {path} is neither a folder nor a .parquet or .tar file")
+        return datasets.load_dataset_builder(kind, data_files={"train": str(path)})
     except (GatedRepoError, datasets.exceptions.DatasetNotFoundError) as error:
         if isinstance(error, GatedRepoError) or "gated" in str(error):
             raise UserError(
-                f"data set {args.dataset} is gated: accept its terms at https://huggingface.co/datasets/{args.dataset} "
+                f"data set {dataset} is gated: accept its terms at https://huggingface.co/datasets/{dataset} "
                 "and log in with `hf auth login` (or set HF_TOKEN)"
             ) from error
         raise UserError(
-            f"data set {args.dataset} was not found on the Hub (nor as a local folder): check the id; "
+            f"data set {dataset} was not found on the Hub (nor as a local folder): check the id; "
             "a private one needs `hf auth login`"
         ) from error
     except (datasets.exceptions.DatasetsError, FileNotFoundError) as error:
         if path is None:
-            raise UserError(f"data set {args.dataset} cannot be read: {first_line(error)}") from error
+            raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
         raise UserError(f"data set folder {path} holds no images, Parquet or .tar files") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
-        raise UserError(f"data set {args.dataset} cannot be reached: {first_line(error)}") from error
+        raise UserError(f"data set {dataset} cannot be reached: {first_line(error)}") from error
 
-    streams = path is None or builder.name in ("parquet", "webdataset")  # local images are read in place, at random
-    try:
-        if args.streaming and streams:
-            splits = builder.as_streaming_dataset()
-        else:
-            builder.download_and_prepare()
-            splits = builder.as_dataset()
-    except (datasets.exceptions.DatasetsError, ValueError, OSError) as error:
-        raise UserError(f"data set {args.dataset} cannot be read: {first_line(error)}") from error
-    if args.split not in splits:
-        raise UserError(f"data set {args.dataset} has no split {args.split!r}: it has {', '.join(splits)}")
-    data = splits[args.split]
-    features = data.features
+
+def choose_columns(args, features):
+    """(image column, label column or None) of the data set's features. Raises UserError, listing what there is."""
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     image_column = args.image_column or ("image" if "image" in features else images[0] if images else None)
-    if image_column is None:
-        raise UserError(f"data set {args.dataset} has no column of images: its columns are {', '.join(features)}")
     label_column = args.label_column or next((name for name in ("label", "cls") if name in features), None)
+    there_are = f"the columns of {args.dataset} are {', '.join(features)}"
+    if image_column is None:
+        raise UserError(f"no column holds images; pass --image-column if one holds encoded bytes: {there_are}")
     for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
         if column is not None and column not in features:
-            raise UserError(f"{flag} {column} does not exist in {args.dataset}: its columns are {', '.join(features)}")
-    data = data.cast_column(image_column, datasets.Image(decode=False))
-    if isinstance(data, datasets.Dataset):
-        if len(data) < slots:
-            raise UserError(f"data set {args.dataset} has {len(data)} images, fewer than the {slots} processes")
-        return Source(data, image_column, label_column, len(data), args.dataset)
-    # Parquet is dealt by row group: always on disk; on the Hub, where every footer costs a request, if files are few.
-    if path is not None or data.num_shards < slots * max(args.workers or 1, 1):
-        data = data.reshard()
-    if data.num_shards < slots:
+            raise UserError(f"{flag} {column} does not exist: {there_are}")
+    feature = features[image_column]
+    is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
+    if not isinstance(feature, datasets.Image) and not is_struct and getattr(feature, "dtype", "") not in BYTES:
+        raise UserError(f"--image-column {image_column} holds no images but {feature}: {there_are}")
+    return image_column, label_column
+
+
+BYTES = ("binary", "large_binary", "binary_view")  # encoded images without the metadata that says so
+
+
+def open_source(args, slots=1):
+    """DataArgs -> Source. `slots` is how many processes share a stream. Raises UserError."""
+    builder, local = open_builder(args.dataset), local_path(args.dataset) is not None
+    streams = args.streaming and (not local or builder.name in ("parquet", "webdataset"))  # local images: in place
+    try:
+        splits = builder.as_streaming_dataset()  # for a look at schema and first row before any download
+        if args.split not in splits:
+            raise UserError(f"data set {args.dataset} has no split {args.split!r}: it has {', '.join(splits)}")
+        data = splits[args.split]
+        image_column, label_column = choose_columns(args, data.features or {})
+        if isinstance(data.features[image_column], datasets.Image):
+            data = data.decode(False)
+        data = data.cast_column(image_column, datasets.Image(decode=False))
+        first = next(iter(data), None)
+        if first is None:
+            raise UserError(f"split {args.split} of data set {args.dataset} holds no images")
+        if first[image_column] is not None:
+            first[image_column]["bytes"]
+        if not streams:
+            builder.download_and_prepare()
+            data = builder.as_dataset(split=args.split).cast_column(image_column, datasets.Image(decode=False))
+        # Parquet is dealt by row group: always on disk; on the Hub, where a footer costs a request, if files are few.
+        elif local or data.num_shards < slots * max(args.workers or 1, 1):
+            data = data.reshard()
+    except UserError:
+        raise
+    except Exception as error:  # every reader has its own way to refuse a file
+        raise UserError(f"data set {args.dataset} cannot be read: {first_line(error)}") from error
+    count = (args.num_images or count_images(builder, args.split)) if streams else len(data)
+    parts, kind = (data.num_shards, "shards") if streams else (len(data), "images")
+    if parts < slots:
         raise UserError(
-            f"data set {args.dataset} has {data.num_shards} shards, fewer than the {slots} processes that share them: "
-            "use fewer processes, more or smaller shards, or --no-streaming"
+            f"data set {args.dataset} has {parts} {kind}, fewer than the {slots} processes that share them: "
+            "use fewer processes" + (", more or smaller shards, or --no-streaming" if streams else "")
         )
-    count = args.num_images or count_images(builder, args.split)
     return Source(data, image_column, label_column, count, args.dataset)
 
 
@@ -561,7 +588,10 @@ def load_chunk(source, prepare, seed, wanted):
         image, path = row[source.image_column], None
         try:
             path = image["path"]
-            data = image["bytes"] if image["bytes"] is not None else Path(path).read_bytes()
+            data = image["bytes"]
+            if data is None:  # a file of its own, here or on the Hub
+                with fsspec.open(path, "rb") as file:
+                    data = file.read()
             tensor = decode(data)
         except Exception as error:  # decoders raise whatever they like
             chunk["skipped"].append(f"{path or 'image'} (id {image_id}): {first_line(error)}")
@@ -672,14 +702,14 @@ class Stream:
 
     def __init__(self, source, prepare, data, seed, rank=0, world=1, state=None):
         self.size, self.limit = data.batch_size, 0.01
-        self.limit_from = min(1000, (source.num_images or 1000 * world) // world)
+        self.limit_from = min(1000, source.num_images or 1000)
         self.layout = {"streaming": source.streaming, "processes": world, "batch_size": self.size}
         if source.streaming:
             # A worker without a shard would idle, so there are never more workers than the poorest rank has shards.
             readers = min(max(data.workers, 1), source.data.num_shards // world)
             if rank == 0 and readers < data.workers:
-                print(f"{source.data.num_shards} shards for {world} processes: {readers} loading workers each instead "
-                      f"of {data.workers}", file=sys.stderr)  # fmt: skip
+                print(f"shards: {source.data.num_shards}, processes: {world}; loading workers of each process: "
+                      f"{readers} instead of {data.workers}", file=sys.stderr)  # fmt: skip
             self.layout["workers"] = readers
             shares = [
                 ShardChunks(
@@ -695,7 +725,7 @@ class Stream:
         if state["layout"] != self.layout:
             was = state["layout"]
             changes = [f"{k} {was.get(k)} -> {v}" for k, v in self.layout.items() if was.get(k) != v]
-            raise UserError(f"the checkpoint divides the data otherwise ({', '.join(changes)}): pass the old values")
+            raise UserError(f"the checkpoint divides the data otherwise ({', '.join(changes)}): keep the old values")
         self.place = {k: state[k] for k in ("places", "ended", "turn", "read", "skipped")}
         options = dict(batch_size=None, prefetch_factor=2 if data.workers else None)
         if source.streaming:
@@ -726,6 +756,8 @@ class Stream:
         place["turn"] = (turn + 1) % len(self.loaders)
         if "end" in chunk:
             place["ended"] = place["ended"] + [turn] if len(place["ended"]) + 1 < len(self.loaders) else []
+            if not place["ended"] and not place["read"]:
+                raise BadFilesError("the shards of this process hold no images at all")
             return
         skipped = chunk.pop("skipped")
         self.skipped_names += skipped
@@ -733,8 +765,8 @@ class Stream:
         place["skipped"] += len(skipped)
         if place["skipped"] > self.limit * max(place["read"], self.limit_from):
             raise BadFilesError(
-                f"{place['skipped']} of the first {place['read']} files could not be decoded, more than 1 %: "
-                f"repair or remove them; the last was {self.skipped_names[-1]}"
+                f"{place['skipped']} of the {place['read']} files that this process read could not be decoded, "
+                f"more than 1 %: repair or remove them; the last was {self.skipped_names[-1]}"
             )
         if len(chunk["ids"]):
             self.buffer.append((before, chunk))
@@ -762,10 +794,15 @@ class Stream:
 # target; frozen, in evaluation mode, outside DDP and the checkpoints. `target_dim` is what CAEConfig calls so.
 
 
+@lru_cache
+def per_channel(values, device):
+    """A tuple of three as (1, 3, 1, 1), made once: a copy to a GPU in each step would make the host wait."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
 def normalize(pixels, mean, std):
     """Pixels in [0, 1] (B, 3, H, W) -> (x - mean) / std per channel."""
-    mean, std = (torch.tensor(v, device=pixels.device).view(1, 3, 1, 1) for v in (mean, std))
-    return (pixels - mean) / std
+    return (pixels - per_channel(mean, pixels.device)) / per_channel(std, pixels.device)
 
 
 def resize(pixels, size):
@@ -974,43 +1011,52 @@ def save_checkpoint(accelerator, run_dir, step, model, stream, keep):
 VOLATILE = {"run_dir", "resume", "log_every", "checkpoint_every", "keep", "tracker", "compile", "workers"}
 
 
+def check_same_run(args, run_dir):
+    """Raises UserError if the folder holds a run of other arguments, and names them."""
+    written = Path(run_dir) / "config.json"
+    if not written.exists() or not (checkpoints(run_dir) or (Path(run_dir) / "log.jsonl").exists()):
+        return  # nothing has begun there
+    try:
+        old = json.loads(written.read_text())["args"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{written} is damaged: {first_line(error)}; choose another --run-dir") from error
+    new = json.loads(json.dumps(flat(args)))
+    names = [name for name in {**old, **new} if name not in VOLATILE and old.get(name) != new.get(name)]
+    if names:
+        changes = "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
+        raise UserError(
+            f"run folder {run_dir} holds a run of another configuration ({changes}): "
+            "pass its values, or another --run-dir"
+        )
+
+
 def prepare_run_dir(args):
     """Check the run folder, and find the checkpoint to start from (None: from scratch). Raises UserError.
 
     Order: --resume PATH; then, with auto, the last checkpoint of the run folder; else from scratch.
     """
     run_dir, resume = Path(args.run.run_dir), args.run.resume
+    check_same_run(args, run_dir)
     found = checkpoints(run_dir)
-    written = run_dir / "config.json"
-    if written.exists():
-        try:
-            old = json.loads(written.read_text())["args"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{written} is damaged: {first_line(error)}; choose another --run-dir") from error
-        new = json.loads(json.dumps(flat(args)))
-        changes = [f"{k} {old.get(k)} -> {new.get(k)}" for k in {**old, **new} if old.get(k) != new.get(k)]
-        changes = [c for c in changes if c.split()[0] not in VOLATILE]
-        if changes:
-            raise UserError(
-                f"run folder {run_dir} holds a run of another configuration ({'; '.join(changes)}): "
-                "pass its values, or another --run-dir"
-            )
-        if resume == "never" and found:
-            raise UserError(f"run folder {run_dir} already holds a run: pass --resume auto, or another --run-dir")
+    start = found[-1] if found else None
+    if resume == "never" and found:
+        raise UserError(f"run folder {run_dir} already holds a run: pass --resume auto, or another --run-dir")
+    if resume not in ("auto", "never"):
+        start = Path(resume)
+        start = start if (start / "trainer.json").exists() else next(reversed(checkpoints(start)), None)
+        if start is None:
+            raise UserError(f"--resume {resume} is neither a checkpoint nor a run folder with one")
+        check_same_run(args, start.resolve().parent.parent)
+        if found and found[-1].name > start.name:
+            raise UserError(f"run folder {run_dir} goes on to {found[-1].name}: to branch off, pass another --run-dir")
     try:
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = run_dir / ".write_test"
+        probe = run_dir / f".write_test_{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
         raise UserError(f"run folder {run_dir} is not writable: {error.strerror}; choose another --run-dir") from error
-    if resume in ("auto", "never"):
-        return found[-1] if found else None
-    path = Path(resume)
-    path = path if (path / "trainer.json").exists() else next(reversed(checkpoints(path)), None)
-    if path is None:
-        raise UserError(f"--resume {resume} is neither a checkpoint nor a run folder with one (nor auto, nor never)")
-    return path
+    return start
 
 
 def load_checkpoint(accelerator, path):
@@ -1043,6 +1089,8 @@ class Log:
     def write(self, values):
         if not self.main:
             return
+        # fp16's scaler may leave a norm that is not finite, for which JSON has no number
+        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=values["step"])
@@ -1086,10 +1134,15 @@ def train(args):
         torch.set_num_threads(cores_per_process())  # accelerate launch leaves one
     run_dir = Path(args.run.run_dir)
 
+    source, teacher, mistake = None, None, None
     with accelerator.main_process_first():
-        source = open_source(args.data, world)
-        config = model_config(args)
-        teacher = build_teacher(args, config)
+        try:
+            source, teacher = open_source(args.data, world), build_teacher(args, model_config(args))
+        except UserError as error:
+            mistake = str(error)
+    mistakes = [m for m in gather_object([mistake]) if m]
+    if mistakes:  # on whichever rank: all of them end
+        raise UserError(mistakes[0])
     config = model_config(args, target_dim=teacher.target_dim)
     teacher.to(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if device.type != "cpu" else None)
 
@@ -1098,7 +1151,7 @@ def train(args):
     if args.run.steps is None and source.num_images is None:
         raise UserError(f"the number of images in {source.name} is unknown: pass --num-images, or --steps for --epochs")
     steps_per_pass = source.num_images / effective if source.num_images else None
-    total = args.run.steps or max(1, math.ceil(args.run.epochs * steps_per_pass))
+    total = args.run.steps or max(1, math.ceil(args.run.epochs * source.num_images / effective - 1e-9))
     epochs = total / steps_per_pass if steps_per_pass else None
     if args.recipe.warmup_epochs is None:  # 10, 20, 40 epochs for 300, 800, 1600
         warmup = total // (40 if epochs and epochs > 300 else 30)
@@ -1160,7 +1213,7 @@ def train(args):
         optimizer.zero_grad(set_to_none=True)
         sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm.detach()
         # A loss that is not finite makes the norm so. With fp16 the scaler skips such steps by itself.
-        bad = ~torch.isfinite(losses["loss"].detach() if precision == "fp16" else norm)
+        bad = ~torch.isfinite(sums["loss"] if precision == "fp16" else norm)
         first_bad = torch.where(bad, first_bad.clamp(max=step + 1), first_bad)
         steps, done = steps + 1, step + 1
         log.bar.update()
@@ -1199,6 +1252,8 @@ def train(args):
             save_checkpoint(accelerator, run_dir, done, model, stream, args.run.keep)
             since = time.perf_counter()
     log.bar.close()
+    if start >= total and not checkpoints(run_dir):  # a finished run, resumed by its path into a new folder
+        save_checkpoint(accelerator, run_dir, start, model, stream, args.run.keep)
     if accelerator.is_main_process:
         print(f"done: {run_dir / 'model'} holds the model, {run_dir / 'log.jsonl'} the log")
     accelerator.end_training()

@@ -145,7 +145,7 @@ def test_undecodable_files_are_skipped_counted_and_named(tmp_path, kind, streami
 def test_more_than_one_percent_of_bad_files_stops_the_run(tmp_path):
     write_folder(tmp_path / "folder", 400, encode=lambda n: b"bad" if n % 50 == 0 else png(n))
     stream, _ = open_stream(tmp_path / "folder", False)
-    with pytest.raises(UserError, match=r"of the first \d+ files could not be decoded, more than 1 %"):
+    with pytest.raises(UserError, match=r"of the \d+ files that this process read could not be decoded, more than 1 %"):
         read_passes(stream, 1)
 
 
@@ -157,7 +157,7 @@ def test_num_images_is_counted(data_sets):
 def test_workers_are_at_most_shards(data_sets, capsys):
     stream, _ = open_stream(data_sets["tar"], True, world=2, workers=8)
     assert len(stream.loaders) == 3
-    assert "7 shards for 2 processes: 3 loading workers each instead of 8" in capsys.readouterr().err
+    assert "shards: 7, processes: 2; loading workers of each process: 3 instead of 8" in capsys.readouterr().err
 
 
 def error_of(**data):
@@ -175,7 +175,12 @@ def test_data_set_mistakes_are_named(data_sets, tmp_path):
     parquet = str(data_sets["parquet"])
     assert "no split 'validation': it has train" in error_of(dataset=parquet, split="validation")
     assert "--image-column photo does not exist" in error_of(dataset=parquet, image_column="photo")
-    assert "its columns are image, label" in error_of(dataset=parquet, label_column="class")
+    assert f"the columns of {parquet} are image, label" in error_of(dataset=parquet, label_column="class")
+    assert "--image-column label holds no images but" in error_of(dataset=parquet, image_column="label")
+    assert "--dataset is empty" in error_of(dataset="")
+    write_parquet(tmp_path / "none", [0])
+    for streaming in (True, False):
+        assert "holds no images" in error_of(dataset=str(tmp_path / "none"), streaming=streaming)
     with pytest.raises(UserError, match="has 7 shards, fewer than the 9 processes"):
         open_source(DataArgs(dataset=str(data_sets["tar"]), streaming=True, workers=0), 9)
     (tmp_path / "broken").mkdir()

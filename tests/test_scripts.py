@@ -155,7 +155,8 @@ def test_data_sets_that_the_hub_does_not_give(tmp_path, name, message):
 
 
 @pytest.mark.parametrize(("form", "flags", "processes"), [
-    ("parquet", [], 2), ("parquet", ["--no-streaming"], 1), ("tar", ["--num-images", "90"], 1)])  # fmt: skip
+    ("parquet", [], 2), ("parquet", ["--no-streaming"], 1), ("tar", ["--num-images", "90"], 1),
+    ("folder", ["--num-images", "90"], 1)])  # fmt: skip
 def test_a_data_set_of_the_hub(tmp_path, form, flags, processes):
     """Streamed over HTTP or downloaded, from a stand-in that knows the Hub's interface."""
     counts = (30, 30, 20, 10)
@@ -163,8 +164,10 @@ def test_a_data_set_of_the_hub(tmp_path, form, flags, processes):
         write_parquet(tmp_path / "repo" / "data", counts, group=10)
         card = "---\ndataset_info:\n  splits:\n  - name: train\n    num_examples: 90\n---\n"
         (tmp_path / "repo" / "README.md").write_text(card)
-    else:
+    elif form == "tar":
         write_tars(tmp_path / "repo" / "data", counts)
+    else:
+        write_folder(tmp_path / "repo" / "train", 90)
     with serve(tmp_path / "repo") as (environment, requests):
         train = ["--dataset", "some/pictures", "--size", "nano", "--teacher", "demo/clip_teacher", "--epochs", "1"]
         process = run(tmp_path / "run", *train, *flags, "--workers", "1", "--effective-batch-size", str(16 * processes),
@@ -172,8 +175,23 @@ def test_a_data_set_of_the_hub(tmp_path, form, flags, processes):
     last = log_of(tmp_path / "run")[-1]
     assert last["epoch"] >= 1 and last["skipped"] == 0
     assert last["step"] == math.ceil(90 / (16 * processes)) and "1." in process.stdout
-    whole_files = [r for r in requests if r.startswith("GET") and "/data/train" in r and r.endswith(" ")]
-    assert bool(whole_files) == (form == "tar" or "--no-streaming" in flags), "streamed Parquet asks for ranges only"
+    if form == "parquet":
+        whole_files = [r for r in requests if r.startswith("GET") and "/data/train" in r and r.endswith(" ")]
+        assert bool(whole_files) == ("--no-streaming" in flags), "a stream asks for ranges, a download for files"
+
+
+def test_a_mistake_that_two_processes_see_is_told_once(tmp_path):
+    process = launch(*SHORT, "--run-dir", tmp_path, "--effective-batch-size", "32", "--image-column", "photo", processes=2)
+    assert process.returncode != 0
+    assert process.stderr.count("--image-column photo does not exist: the columns of demo are image, label") == 1
+    assert "train.py" not in "".join(line for line in process.stderr.splitlines() if line.startswith("  File"))
+
+
+def test_a_finished_run_can_be_taken_to_a_new_folder(whole, tmp_path):
+    process = run(tmp_path, *RESUMABLE, "--resume", whole[0])
+    assert "is complete: 8 steps" in process.stdout
+    ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (tmp_path, whole[0]))
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_mistakes_end_a_real_process_with_code_2(tmp_path):

@@ -374,6 +374,10 @@ def test_effective_batch_size():
         ("--batch-size 0", "--batch-size is 0: it must be positive"),
         ("--batch-size 7 --effective-batch-size 16", "try 14"),
         ("--workers -1", "--workers is -1"),
+        ("--size giant", "--size giant does not exist: choose from nano, tiny, small, base, large, huge"),
+        ("--lr -1", "--lr is -1.0: it must be positive"),
+        ("--clip-grad -1", "--clip-grad is -1.0: it must not be negative"),
+        ("--beta2 1", "--beta2 is 1.0"),
         ("--crop-scale 0.5 0.2", "--crop-scale is 0.5 0.2"),
         ("--regressor-heads 7", "regressor_dim 768 is not divisible by regressor_heads 7"),
         ("--method cae --align-weight 0 --reconstruct-weight 0", "no loss is left"),
@@ -392,8 +396,8 @@ def test_mistakes_end_with_one_line_and_code_2(flags, message, monkeypatch, caps
     assert not (tmp_path / "run").exists(), "nothing is left behind"
 
 
-def test_unknown_flags_and_sizes_end_with_code_2(monkeypatch, capsys):
-    for flags, named in ((["--size", "giant"], "nano"), (["--colour"], "--colour")):
+def test_unknown_flags_and_choices_end_with_code_2(monkeypatch, capsys):
+    for flags, named in ((["--method", "giant"], "cae-v2"), (["--colour"], "--colour")):
         monkeypatch.setattr(sys, "argv", ["train.py", *flags])
         with pytest.raises(SystemExit) as stop:
             train.main()
@@ -411,6 +415,8 @@ def prepared(path, *flags):
 def test_a_run_folder_of_another_configuration_is_refused(tmp_path):
     args = arguments("--dataset", "demo", "--run-dir", str(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps({"args": train.flat(args), "model": {}}))
+    assert prepared(tmp_path, "--seed", "1") is None, "a start that failed before its first step binds nobody"
+    (tmp_path / "log.jsonl").touch()
     assert prepared(tmp_path) is None
     assert prepared(tmp_path, "--log-every", "7", "--tracker", "tensorboard") is None, "these may change"
     with pytest.raises(UserError, match=r"another configuration \(mask_ratio 0.25 -> 0.5; seed 0 -> 1\)"):
@@ -423,6 +429,13 @@ def test_a_run_folder_of_another_configuration_is_refused(tmp_path):
         prepared(tmp_path, "--resume", "never")
     with pytest.raises(UserError, match="neither a checkpoint nor a run folder"):
         prepared(tmp_path / "other", "--resume", str(tmp_path / "absent"))
+    assert prepared(tmp_path / "other", "--resume", str(tmp_path)).name == "step_00000010"
+    with pytest.raises(UserError, match=r"another configuration \(seed 0 -> 1\)"):
+        prepared(tmp_path / "another", "--resume", str(tmp_path), "--seed", "1")
+    earlier = tmp_path / "checkpoints" / "step_00000009"
+    (earlier / "trainer.json").write_text("{}")
+    with pytest.raises(UserError, match="goes on to step_00000010"):
+        prepared(tmp_path, "--resume", str(earlier))
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         prepared(tmp_path)

@@ -181,7 +181,8 @@ def test_a_data_set_of_the_hub(tmp_path, form, flags, processes):
 
 
 def test_a_mistake_that_two_processes_see_is_told_once(tmp_path):
-    process = launch(*SHORT, "--run-dir", tmp_path, "--effective-batch-size", "32", "--image-column", "photo", processes=2)
+    flags = ["--effective-batch-size", "32", "--image-column", "photo"]
+    process = launch(*SHORT, "--run-dir", tmp_path, *flags, processes=2)
     assert process.returncode != 0
     assert process.stderr.count("--image-column photo does not exist: the columns of demo are image, label") == 1
     assert "train.py" not in "".join(line for line in process.stderr.splitlines() if line.startswith("  File"))

@@ -935,6 +935,13 @@ def learning_rate(step, total, warmup, peak, final):
     return cosine(step - warmup, total - warmup, peak, final)
 
 
+def warmup_steps(total, steps_per_pass=None, epochs=None):
+    """Steps of `epochs`; by default those of 10, 20, 40 epochs for 300, 800, 1600, and a thirtieth of a shorter run."""
+    if epochs is not None:
+        return round(epochs * steps_per_pass)
+    return total // (40 if steps_per_pass and round(total / steps_per_pass) > 300 else 30)
+
+
 def parameter_groups(model):
     """Trainable parameters, with and without weight decay. The released code also decays the class and mask tokens,
     by oversight; here they count with the parameters of one dimension."""
@@ -1127,6 +1134,7 @@ def train(args):
         mixed_precision=precision,
         log_with=None if args.run.tracker == "none" else args.run.tracker,
         project_dir=args.run.run_dir,
+        # the buffers are fixed positions: nothing to broadcast
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
     rank, device = accelerator.process_index, accelerator.device
@@ -1153,12 +1161,9 @@ def train(args):
     steps_per_pass = source.num_images / effective if source.num_images else None
     total = args.run.steps or max(1, math.ceil(args.run.epochs * source.num_images / effective - 1e-9))
     epochs = total / steps_per_pass if steps_per_pass else None
-    if args.recipe.warmup_epochs is None:  # 10, 20, 40 epochs for 300, 800, 1600
-        warmup = total // (40 if epochs and epochs > 300 else 30)
-    elif epochs is None:
+    if args.recipe.warmup_epochs is not None and epochs is None:
         raise UserError(f"the number of images in {source.name} is unknown: --warmup-epochs needs --num-images")
-    else:
-        warmup = round(args.recipe.warmup_epochs * steps_per_pass)
+    warmup = warmup_steps(total, steps_per_pass, args.recipe.warmup_epochs)
     peak = args.recipe.lr * effective / 2048
 
     torch.manual_seed(args.run.seed)
@@ -1175,7 +1180,9 @@ def train(args):
               f"{config.num_patches} patches masked; {world} process{'es' * (world > 1)} x {batch_size} images x "
               f"{accumulation} = {effective} images a step; {total} steps, {round(epochs or 0, 1) or '?'} epochs; "
               f"{'fp32' if precision == 'no' else precision} on {device}; {run_dir}", flush=True)  # fmt: skip
-    model, optimizer = accelerator.prepare(model, optimizer)
+    with warnings.catch_warnings():  # newer versions of torch rename broadcast_buffers, accelerate does not yet
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
     start, place = 0, None
     if checkpoint:

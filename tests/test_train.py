@@ -246,6 +246,16 @@ def test_learning_rate():
     assert [train.cosine(s, 3, 0.05, 0.2) for s in range(3)] == pytest.approx([0.05, 0.125, 0.2])
 
 
+@pytest.mark.parametrize(("epochs", "warm"), [(300, 10), (800, 20), (1600, 40), (30, 1), (100, 10 / 3)])
+def test_warmup(epochs, warm):
+    """ImageNet's passes are no whole number of steps, and a run is rounded up to one."""
+    steps_per_pass = 1281167 / 2048
+    total = math.ceil(epochs * steps_per_pass)
+    assert train.warmup_steps(total, steps_per_pass) == pytest.approx(warm * steps_per_pass, abs=1)
+    assert train.warmup_steps(total, steps_per_pass, 5.0) == round(5 * steps_per_pass)
+    assert train.warmup_steps(90) == 3
+
+
 def test_parameter_groups():
     model = CAE(CAEConfig.from_size("nano"))
     decayed, plain = train.parameter_groups(model)

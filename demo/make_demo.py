@@ -1,7 +1,7 @@
 """Makes the two parts of the demo: a small real data set and a small CLIP teacher trained on it.
 
     python demo/make_demo.py data --source dataset-fashion-mnist_*_all.deb     # about 10 seconds
-    python demo/make_demo.py teacher                                           # about 8 min, two CPU cores
+    python demo/make_demo.py teacher                                           # about 15 min, two CPU cores
 
 `data` takes a class-balanced subset of Fashion-MNIST: the first 600 images of every class from the training
 file and the first 100 of every class from the test file, shuffled once with a fixed seed and stored as PNG in

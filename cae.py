@@ -684,13 +684,13 @@ def load_official(path_or_state_dict, **overrides):
     expected = [name for name in names if not name.startswith(tuple(itertools.chain(*fresh.values())))]
     # In released files, but nothing to load: the encoder's aliased copy, the fixed positions, and in v2 a LayerNorm
     # that is never applied.
-    idle = ("alignment_encoder.", "encoder.pos_embed", "rd_pos_embed")
-    idle += ("regresser.norm.",) if config.method == "cae-v2" else ()
+    idle = r"alignment_encoder\..*|encoder\.pos_embed|rd_pos_embed"
+    idle += r"|regresser\.norm\..*" if config.method == "cae-v2" else ""
     shapes = {name: state[names[name]].shape for name in expected}
     shapes["encoder.patch_embed.proj.weight"] = (config.dim, 3, config.patch_size, config.patch_size)
     problems = {
         "missing": [name for name in expected if name not in released],
-        "surplus": [name for name in released if name not in names and not name.startswith(idle)],
+        "surplus": [name for name in released if name not in names and not re.fullmatch(idle, name)],
         "of another shape": [
             f"{name} {tuple(released[name].shape)} instead of {tuple(shape)}"
             for name, shape in shapes.items()

@@ -287,8 +287,9 @@ def resolve(args, world=1):
     default(data, "effective_batch_size", 128 if small else 2048)
     default(data, "batch_size", max(1, min(256, data.effective_batch_size // world)))
     per_pass = data.batch_size * world
+    nearest = per_pass * max(1, round(data.effective_batch_size / per_pass))
     if not given:  # the recipe's, as near as this number of processes comes to it
-        data.effective_batch_size = per_pass * max(1, round(data.effective_batch_size / per_pass))
+        data.effective_batch_size = nearest
 
     for name, group in (("effective_batch_size", data), ("shuffle_window", data),
                         ("interleave", data), ("log_every", run), ("checkpoint_every", run), ("keep", run)):
@@ -297,7 +298,7 @@ def resolve(args, world=1):
     require(
         data.effective_batch_size % per_pass == 0,
         f"--effective-batch-size {data.effective_batch_size} is not a multiple of --batch-size {data.batch_size} times "
-        f"{world} processes: try {per_pass * max(1, round(data.effective_batch_size / per_pass))}",
+        f"{world} processes: try {nearest}",
     )
     length = run.steps if run.epochs is None else run.epochs
     require(length > 0, f"--{'steps' if run.epochs is None else 'epochs'} is {length}: it must be positive")
@@ -334,8 +335,6 @@ def model_config(args, **overrides):
         fields["supervise"] = args.target.supervise
     else:
         fields |= {"align_weight": args.target.align_weight, "reconstruct_weight": args.target.reconstruct_weight}
-    if args.target.target == "pixels":
-        overrides["target_dim"] = 3 * args.model.patch_size**2
     try:
         return CAEConfig.from_size(args.model.size, args.model.method, **fields, **overrides)
     except ValueError as error:
@@ -828,13 +827,11 @@ class CLIPTeacher(nn.Module):
         self.target_dim = self.model.visual_projection.out_features
         config = self.model.config
         self.student_patch, self.teacher_patch, self.native_size = patch_size, config.patch_size, config.image_size
-        self.mean, self.std = CLIP_MEAN, CLIP_STD
 
     def forward(self, pixels):
         rows, columns = patch_grid(pixels, self.student_patch)
         size = (rows * self.teacher_patch, columns * self.teacher_patch)
-        x = normalize(resize(pixels, size), self.mean, self.std)
-        x = x.to(self.model.dtype)
+        x = normalize(resize(pixels, size), CLIP_MEAN, CLIP_STD).to(self.model.dtype)
         tower = self.model.vision_model
         foreign = size != (self.native_size, self.native_size)
         # last_hidden_state is before post_layernorm, which transformers applies to the class token alone
@@ -945,10 +942,11 @@ def warmup_steps(total, steps_per_pass=None, epochs=None):
 def parameter_groups(model):
     """Trainable parameters, with and without weight decay. The released code also decays the class and mask tokens,
     by oversight; here they count with the parameters of one dimension."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    plain = [p for n, p in named if p.ndim < 2 or n.endswith("token")]
-    decayed = [p for n, p in named if not (p.ndim < 2 or n.endswith("token"))]
-    return [{"params": decayed, "decay": True}, {"params": plain, "decay": False}]
+    groups = [{"params": [], "decay": True}, {"params": [], "decay": False}]
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim < 2 or name.endswith("token")]["params"].append(parameter)
+    return groups
 
 
 # ----------------------------------------------------------------------------------------------------------------

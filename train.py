@@ -24,7 +24,7 @@ import sys
 import tarfile
 import time
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -83,8 +83,8 @@ AutoStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint=
 
 
 @dataclass
-class DataArgs:
-    """Which images, and how they reach the model."""
+class ImagesArgs:
+    """Which images, and who reads them. All scripts have these."""
 
     dataset: str = "ILSVRC/imagenet-1k"
     """Hub id; local folder (class subfolders, Parquet or webdataset .tar) or file; or `demo`."""
@@ -93,17 +93,23 @@ class DataArgs:
     image_column: AutoStr = None
     """Column with the images. Default: `image`, or the first column of images."""
     label_column: AutoStr = None
-    """Column with the labels; pretraining only checks that it exists. Default: `label`, where there is one."""
+    """Column with the labels; pretraining only checks that it exists. Default: `label` or `cls`, where there is one."""
     streaming: Annotated[bool, tyro.conf.arg(help_behavior_hint="")] = False
     """Read shards as a stream instead of downloading them first (Parquet, tar). Default: on for Hub ids and `demo`."""
     num_images: AutoInt = None
     """Images in the split. Default: read from the data; needed for remote tar shards only."""
     batch_size: AutoInt = None
     """Images per process and forward pass. Default: 256, or the effective batch size's share if that is less."""
-    effective_batch_size: AutoInt = None
-    """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 128)."""
     workers: AutoInt = None
     """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 8."""
+
+
+@dataclass
+class DataArgs(ImagesArgs):
+    """Which images, and how they reach the model."""
+
+    effective_batch_size: AutoInt = None
+    """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 64)."""
     shuffle_window: int = 512
     """Streams: images of a worker that are shuffled among each other."""
     interleave: int = 4
@@ -111,17 +117,37 @@ class DataArgs:
 
 
 @dataclass
-class RunArgs:
-    """How long, where to, and on what."""
+class LabelArgs:
+    """What a data set with labels adds, for probe.py and finetune.py."""
+
+    val_split: AutoStr = None
+    """Split to evaluate on. Default: the first that exists of validation, val, valid and test."""
+    num_classes: AutoInt = None
+    """Number of classes. Default: read from the data; needed for tar shards only."""
+
+
+@dataclass
+class DeviceArgs:
+    """Where to, and on what. All scripts have these."""
 
     run_dir: AutoStr = None
-    """Run folder. Default: runs/METHOD-SIZE, with -demo for the demo."""
+    """Run folder. Default: one in runs/, named after what is run."""
+    seed: int = 0
+    """Seed of everything random."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast. auto: bf16 on a GPU that has it, otherwise fp32."""
+    compile: bool = False
+    """Compile the model, or the frozen encoder, with torch.compile."""
+
+
+@dataclass
+class RunArgs(DeviceArgs):
+    """How long, where to, and on what."""
+
     epochs: AutoFloat = None
     """Passes over the data. Default: 300 (nano and demo: 10)."""
     steps: AutoInt = None
     """Optimizer steps, instead of epochs."""
-    seed: int = 0
-    """Seed of everything random."""
     log_every: int = 20
     """Steps between log lines. Only there does the host wait for the device."""
     checkpoint_every: int = 1000
@@ -132,10 +158,6 @@ class RunArgs:
     """auto: continue the run folder; never: refuse one that holds a run; PATH: start from this checkpoint or run."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Accelerate tracker that receives every logged value, beside log.jsonl."""
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast. auto: bf16 on a GPU that has it, otherwise fp32."""
-    compile: bool = False
-    """Compile the model with torch.compile."""
 
 
 @dataclass
@@ -193,7 +215,7 @@ class RecipeArgs:
     """Optimisation and augmentation."""
 
     lr: AutoFloat = None
-    """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano, demo: 4e-2)."""
+    """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano, demo: 8e-2)."""
     min_lr: float = 1e-5
     """Learning rate at the end of the cosine."""
     warmup_epochs: AutoFloat = None
@@ -213,9 +235,9 @@ class RecipeArgs:
     crop_scale: Annotated[
         tuple[float, float] | None, tyro.conf.arg(metavar="FLOAT FLOAT", help_behavior_hint="")
     ] = None
-    """Area of the random crop. Default: 0.4 1.0 (cae-v2), 0.08 1.0 (cae)."""
+    """Area of the random crop. Default: 0.4 1.0 (cae-v2), 0.08 1.0 (cae); nano and demo 0.6 1.0."""
     color_jitter: AutoFloat = None
-    """Strength of brightness, contrast and saturation jitter. Default: 0.4 (cae-v2), 0 (cae)."""
+    """Strength of brightness, contrast and saturation jitter. Default: 0.4 (cae-v2), 0 (cae, nano, demo)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
 
@@ -234,11 +256,23 @@ class Args:
 MASK_RATIO = {"nano": 0.25, "tiny": 0.15, "small": 0.25, "base": 0.5, "large": 0.5, "huge": 0.5}  # of CAE v2
 
 
-def parse(argv=None):
-    """Command line -> Args. The default of --streaming depends on the data set, hence the second reading."""
-    first = tyro.cli(Args, args=argv, config=(tyro.conf.OmitArgPrefixes,))
-    default = Args(data=DataArgs(streaming=local_path(first.data.dataset) is None or first.data.dataset == "demo"))
-    return tyro.cli(Args, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,))
+def parse(argv=None, kind=Args, **options):
+    """Command line -> Args (or another dataclass, or a choice of them). The default of --streaming depends on the data
+    set, hence the second reading."""
+    first = tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), **options)
+    default = type(first)()
+    default.data.streaming = local_path(first.data.dataset) is None or first.data.dataset == "demo"
+    return tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
+
+
+def default(group, name, value):
+    if getattr(group, name) is None:
+        setattr(group, name, value)
+
+
+def require(condition, message):
+    if not condition:
+        raise UserError(message)
 
 
 def resolve(args, world=1):
@@ -249,15 +283,6 @@ def resolve(args, world=1):
     args = copy.deepcopy(args)
     model, data, target, recipe, run = args.model, args.data, args.target, args.recipe, args.run
     demo, v2_method = data.dataset == "demo", model.method == "cae-v2"
-
-    def default(group, name, value):
-        if getattr(group, name) is None:
-            setattr(group, name, value)
-
-    def require(condition, message):
-        if not condition:
-            raise UserError(message)
-
     default(model, "size", "nano" if demo else "base")
     require(model.size in SIZES, f"--size {model.size} does not exist: choose from {', '.join(SIZES)}")
     small = demo or model.size == "nano"  # small images, short runs
@@ -273,35 +298,12 @@ def resolve(args, world=1):
     clip = str(DEMO / "clip_teacher") if demo else "openai/clip-vit-base-patch16"
     require(target.teacher is None or target.target != "pixels", "--teacher has no use with --target pixels: drop one")
     default(target, "teacher", {"clip": clip, "dalle": "facebook/flava-image-codebook", "pixels": ""}[target.target])
-    default(recipe, "lr", 4e-2 if small else 1.5e-3)
-    default(recipe, "crop_scale", (0.4, 1.0) if v2_method else (0.08, 1.0))
-    default(recipe, "color_jitter", 0.4 if v2_method else 0.0)
+    default(recipe, "lr", 8e-2 if small else 1.5e-3)
+    default(recipe, "crop_scale", (0.6, 1.0) if small else (0.4, 1.0) if v2_method else (0.08, 1.0))
+    default(recipe, "color_jitter", 0.4 if v2_method and not small else 0.0)
     default(recipe, "weight_decay_end", recipe.weight_decay)
-    require(run.epochs is None or run.steps is None, "--epochs and --steps are both given: give one")
-    if run.steps is None:
-        default(run, "epochs", 10.0 if small else 300.0)
     default(run, "run_dir", f"runs/{model.method}-{model.size}{'-demo' if demo else ''}")
-    default(data, "workers", min(8, cores_per_process()))
-    require(data.batch_size is None or data.batch_size > 0, f"--batch-size is {data.batch_size}: it must be positive")
-    given = data.effective_batch_size is not None
-    default(data, "effective_batch_size", 128 if small else 2048)
-    default(data, "batch_size", max(1, min(256, data.effective_batch_size // world)))
-    per_pass = data.batch_size * world
-    nearest = per_pass * max(1, round(data.effective_batch_size / per_pass))
-    if not given:  # the recipe's, as near as this number of processes comes to it
-        data.effective_batch_size = nearest
-
-    for name, group in (("effective_batch_size", data), ("shuffle_window", data),
-                        ("interleave", data), ("log_every", run), ("checkpoint_every", run), ("keep", run)):
-        require(getattr(group, name) > 0, f"--{name.replace('_', '-')} is {getattr(group, name)}: it must be positive")
-    require(data.workers >= 0, f"--workers is {data.workers}: it must not be negative")
-    require(
-        data.effective_batch_size % per_pass == 0,
-        f"--effective-batch-size {data.effective_batch_size} is not a multiple of --batch-size {data.batch_size} times "
-        f"{world} processes: try {nearest}",
-    )
-    length = run.steps if run.epochs is None else run.epochs
-    require(length > 0, f"--{'steps' if run.epochs is None else 'epochs'} is {length}: it must be positive")
+    resolve_run(data, run, world, batch=256, effective=64 if small else 2048, epochs=10.0 if small else 300.0)
     require(0 < target.mask_ratio < 1, f"--mask-ratio is {target.mask_ratio}: it must lie between 0 and 1")
     require(target.min_block > 0, f"--min-block is {target.min_block}: it must be positive")
     require(recipe.lr > 0, f"--lr is {recipe.lr}: it must be positive")
@@ -315,8 +317,6 @@ def resolve(args, world=1):
     require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
     require(0 <= recipe.color_jitter <= 1, f"--color-jitter is {recipe.color_jitter}: it must lie between 0 and 1")
     require(0 <= recipe.flip <= 1, f"--flip is {recipe.flip}: it must lie between 0 and 1")
-    if run.tracker != "none" and find_spec(run.tracker) is None:
-        raise UserError(f"--tracker {run.tracker} is not installed: pip install {run.tracker}")
     config = model_config(args)
     masked = num_masked(args, config)
     require(
@@ -325,6 +325,42 @@ def resolve(args, world=1):
         "at least one must be masked and one visible",
     )
     return args
+
+
+def resolve_run(data, run, world, batch, effective, epochs):
+    """Batch sizes and length of a training run, in place, from the recipe's where None. Raises UserError."""
+    require(run.epochs is None or run.steps is None, "--epochs and --steps are both given: give one")
+    if run.steps is None:
+        default(run, "epochs", epochs)
+    resolve_images(data)
+    given = data.effective_batch_size is not None
+    default(data, "effective_batch_size", effective)
+    default(data, "batch_size", max(1, min(batch, data.effective_batch_size // world)))
+    per_pass = data.batch_size * world
+    nearest = per_pass * max(1, round(data.effective_batch_size / per_pass))
+    if not given:  # the recipe's, as near as this number of processes comes to it
+        data.effective_batch_size = nearest
+    for name, group in (("effective_batch_size", data), ("shuffle_window", data),
+                        ("interleave", data), ("log_every", run), ("checkpoint_every", run), ("keep", run)):
+        require(getattr(group, name) > 0, f"--{name.replace('_', '-')} is {getattr(group, name)}: it must be positive")
+    require(
+        data.effective_batch_size % per_pass == 0,
+        f"--effective-batch-size {data.effective_batch_size} is not a multiple of --batch-size {data.batch_size} times "
+        f"{world} processes: try {nearest}",
+    )
+    length = run.steps if run.epochs is None else run.epochs
+    require(length > 0, f"--{'steps' if run.epochs is None else 'epochs'} is {length}: it must be positive")
+    require(
+        run.tracker == "none" or find_spec(run.tracker) is not None,
+        f"--tracker {run.tracker} is not installed: pip install {run.tracker}",
+    )
+
+
+def resolve_images(data):
+    """What every script asks of its ImagesArgs. Raises UserError."""
+    default(data, "workers", min(8, cores_per_process()))
+    require(data.workers >= 0, f"--workers is {data.workers}: it must not be negative")
+    require(data.batch_size is None or data.batch_size > 0, f"--batch-size is {data.batch_size}: it must be positive")
 
 
 def model_config(args, **overrides):
@@ -426,6 +462,23 @@ class Crops:
         return image, visible[0], masked[0]
 
 
+class CenterCrop:
+    """The view for evaluation: the shorter side to size / ratio, bicubic, then the centre. Ratio 0.875 is the 256 for
+    224 of ImageNet; 1 cuts off nothing but what is not square."""
+
+    names = ("images",)
+
+    def __init__(self, size, ratio):
+        self.transform = v2.Compose([
+            v2.Resize(round(size / ratio), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(size),
+        ])  # fmt: skip
+
+    def __call__(self, image, seed):
+        """uint8 (3, H, W) -> (uint8 (3, S, S),). The seed has no use."""
+        return (self.transform(image),)
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Data sets: opening one, with every mistake named.
 
@@ -440,10 +493,20 @@ class Source:
     label_column: str | None
     num_images: int | None
     name: str
+    classes: list | None = None
+    """Class names, in the order of their numbers; None where labels are not read."""
 
     @property
     def streaming(self):
         return isinstance(self.data, datasets.IterableDataset)
+
+    def label(self, row):
+        """The number of a row's class. Raises ValueError."""
+        value = row[self.label_column]
+        number = self.classes.index(value) if isinstance(value, str) and value in self.classes else value
+        if not isinstance(number, int) or not 0 <= number < len(self.classes):
+            raise ValueError(f"label {value!r} is none of the {len(self.classes)} classes")
+        return int(number)
 
 
 def local_path(dataset):
@@ -511,8 +574,79 @@ def choose_columns(args, features):
 BYTES = ("binary", "large_binary", "binary_view")  # encoded images without the metadata that says so
 
 
-def open_source(args, slots=1):
-    """DataArgs -> Source. `slots` is how many processes share a stream. Raises UserError."""
+def read_classes(args, data, column, features, num_classes=None):
+    """Class names of an opened split: of its features or, where these name none, of the labels themselves (numbers name
+    themselves). Raises UserError."""
+    if column is None:
+        raise UserError(
+            f"data set {args.dataset} has no labels: pass --label-column, or a folder of class subfolders; "
+            f"its columns are {', '.join(data.features)}"
+        )
+    feature = features[column]
+    kind = getattr(feature, "dtype", "")
+    if isinstance(feature, datasets.ClassLabel):
+        require(
+            num_classes in (None, feature.num_classes),
+            f"--num-classes is {num_classes}, data set {args.dataset} has {feature.num_classes} classes",
+        )
+        return list(feature.names)
+    if not kind.startswith(("int", "uint", "string", "large_string")):
+        raise UserError(f"--label-column {column} holds no class labels but {feature}")
+    if num_classes is not None and "string" not in kind:
+        return [str(number) for number in range(num_classes)]
+    if isinstance(data, datasets.Dataset):
+        labels = data.unique(column)
+    elif "__url__" in data.features:  # a tar has to be read whole for its labels
+        raise UserError(f"the tar shards of {args.dataset} do not name their classes: pass --num-classes"
+                        + (", and numbers as labels" if "string" in kind else ""))  # fmt: skip
+    else:  # Parquet: the one column
+        labels = [row[column] for row in data.select_columns(column)]
+    labels = {label for label in labels if label is not None}
+    return sorted(labels) if "string" in kind else [str(number) for number in range(max(labels, default=-1) + 1)]
+
+
+def open_labelled(data, labels, world=1):
+    """ImagesArgs, LabelArgs -> the Source to learn from and the one to evaluate on; they agree on their classes.
+    Raises UserError."""
+    if labels.val_split is None:
+        splits = list(open_splits(data.dataset))
+        others = [name for name in ("validation", "val", "valid", "test") if name in splits and name != data.split]
+        if not others:
+            raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; "
+                            "pass --val-split")  # fmt: skip
+        labels.val_split = others[0]
+    train = open_source(data, world, True, labels.num_classes)
+    val = open_source(dataclasses.replace(data, split=labels.val_split, num_images=None), 1, True, labels.num_classes)
+    named = isinstance(val.data.features[val.label_column], datasets.ClassLabel)
+    if set(val.classes) - set(train.classes) or (named and train.classes != val.classes):
+        raise UserError(
+            f"the splits of data set {data.dataset} disagree on their classes: {data.split} has {len(train.classes)} "
+            f"({', '.join(train.classes[:3])}, ...), {labels.val_split} has {len(val.classes)} "
+            f"({', '.join(val.classes[:3])}, ...)"
+        )
+    if not (train.streaming or val.streaming):  # what is really there
+        surplus = set(val.data.unique(val.label_column)) - set(train.data.unique(train.label_column)) - {None}
+        names = [val.classes[n] if isinstance(n, int) and 0 <= n < len(val.classes) else str(n) for n in surplus]
+        require(
+            not names,
+            f"split {labels.val_split} of data set {data.dataset} has {len(names)} classes of which split {data.split} "
+            f"has no image: {', '.join(sorted(names)[:5])}",
+        )
+    return train, dataclasses.replace(val, classes=train.classes)
+
+
+def open_splits(dataset):
+    """{split: stream} of a data set. Raises UserError."""
+    builder = open_builder(dataset)
+    try:
+        return builder.as_streaming_dataset()
+    except Exception as error:  # every reader has its own way to refuse a file
+        raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
+
+
+def open_source(args, slots=1, labelled=False, num_classes=None):
+    """ImagesArgs -> Source. `slots` is how many processes share a stream; `labelled` asks for classes. Raises
+    UserError."""
     builder, local = open_builder(args.dataset), local_path(args.dataset) is not None
     streams = args.streaming and (not local or builder.name in ("parquet", "webdataset"))  # local images: in place
     try:
@@ -546,7 +680,11 @@ def open_source(args, slots=1):
             f"data set {args.dataset} has {parts} {kind}, fewer than the {slots} processes that share them: "
             "use fewer processes" + (", more or smaller shards, or --no-streaming" if streams else "")
         )
-    return Source(data, image_column, label_column, count, args.dataset)
+    features = data.features
+    if labelled and builder.name == "parquet" and local:  # datasets takes the first split's features for all
+        features = datasets.Features.from_arrow_schema(pq.read_schema(builder.config.data_files[args.split][0]))
+    classes = read_classes(args, data, label_column, features, num_classes) if labelled else None
+    return Source(data, image_column, label_column, count, args.dataset, classes)
 
 
 def count_images(builder, split):
@@ -580,9 +718,11 @@ def first_line(error):
 def load_chunk(source, prepare, seed, wanted):
     """Read, decode and prepare images. wanted: (pass, image id, row) triples -> chunk.
 
-    A chunk has one list for each of prepare.names, "ids" [(pass, image id)], and "skipped": what could not be decoded.
+    A chunk has one list for each of prepare.names, "ids" [(pass, image id)], "labels" where the source has classes, and
+    "skipped": what could not be decoded or has no label.
     """
-    chunk = {name: [] for name in (*prepare.names, "ids", "skipped")}
+    labelled = ("labels",) if source.classes else ()
+    chunk = {name: [] for name in (*prepare.names, "ids", *labelled, "skipped")}
     for epoch, image_id, row in wanted:
         image, path = row[source.image_column], None
         try:
@@ -592,11 +732,14 @@ def load_chunk(source, prepare, seed, wanted):
                 with fsspec.open(path, "rb") as file:
                     data = file.read()
             tensor = decode(data)
+            label = torch.tensor(source.label(row)) if labelled else None
         except Exception as error:  # decoders raise whatever they like
             chunk["skipped"].append(f"{path or 'image'} (id {image_id}): {first_line(error)}")
             continue
         for name, value in zip(prepare.names, prepare(tensor, key(seed, epoch, image_id)), strict=True):
             chunk[name].append(value)
+        if labelled:
+            chunk["labels"].append(label)
         chunk["ids"].append(torch.tensor([epoch, image_id]))
     return {name: torch.stack(values) if values and name != "skipped" else values for name, values in chunk.items()}
 
@@ -764,7 +907,7 @@ class Stream:
         place["skipped"] += len(skipped)
         if place["skipped"] > self.limit * max(place["read"], self.limit_from):
             raise BadFilesError(
-                f"{place['skipped']} of the {place['read']} files that this process read could not be decoded, "
+                f"{place['skipped']} of the {place['read']} files that this process read could not be used, "
                 f"more than 1 %: repair or remove them; the last was {self.skipped_names[-1]}"
             )
         if len(chunk["ids"]):
@@ -786,6 +929,53 @@ class Stream:
                 self.taken = 0
         self.buffered -= self.size
         return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+
+class PassRows(torch.utils.data.Dataset):
+    """Data on disk: chunk j of this rank's part of one pass, in the order of the data."""
+
+    def __init__(self, source, prepare, size, rank, world):
+        self.source, self.prepare, self.size = source, prepare, size
+        self.part = range(rank, len(source.data), world)
+
+    def __len__(self):
+        return math.ceil(len(self.part) / self.size)
+
+    def __getitem__(self, j):
+        rows = self.part[j * self.size : (j + 1) * self.size]
+        return load_chunk(self.source, self.prepare, 0, ((0, row, self.source.data[row]) for row in rows))
+
+
+def one_pass(source, prepare, batch_size, workers, rank=0, world=1):
+    """The chunks of one pass over this rank's part, for evaluation: every image once, nothing added to fill a batch.
+    Parts may differ in size or be empty, so nothing in such a pass may wait for another rank. Raises BadFilesError."""
+    read, skipped = 0, 0
+    for chunk in pass_chunks(source, prepare, batch_size, workers, rank, world):
+        read, skipped = read + len(chunk["ids"]) + len(chunk["skipped"]), skipped + len(chunk["skipped"])
+        if skipped > 0.01 * max(read, min(1000, source.num_images or 1000)):
+            raise BadFilesError(
+                f"{skipped} of the {read} files that this process read of {source.name} could not be used, more than "
+                f"1 %: repair or remove them; the last was {chunk['skipped'][-1]}"
+            )
+        yield chunk
+
+
+def pass_chunks(source, prepare, size, workers, rank, world):
+    options = dict(batch_size=None, prefetch_factor=2 if workers else None)
+    if not source.streaming:
+        yield from DataLoader(PassRows(source, prepare, size, rank, world), num_workers=workers, **options)
+        return
+    # As in Stream: a DataLoader for each worker, asked in turn.
+    readers = max(1, min(workers, source.data.num_shards // world))
+    shares = [ShardChunks(source, prepare, size, 0, rank, world, w, readers, size, 1) for w in range(readers)]
+    loaders = [iter(DataLoader(share, num_workers=min(workers, 1), **options)) for share in shares]
+    while loaders:
+        for loader in list(loaders):
+            chunk = next(loader)
+            if "end" in chunk:
+                loaders.remove(loader)
+            else:
+                yield chunk
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -876,25 +1066,29 @@ class PixelTeacher(nn.Module):
         return patches                                                                   # (B, N, 3 P^2)
 
 
-def load_pretrained(name, model_class, kinds, description):
-    """A transformers model from a folder or the Hub, after a look at what it is. Raises UserError."""
+def load_pretrained(name, model_class, kinds, description, flag="--teacher"):
+    """A transformers model from a folder or the Hub, after a look at what it is. Raises UserError, naming the flag."""
     from transformers import PretrainedConfig
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     if not Path(name).exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise UserError(f"--teacher {name} does not exist: no such folder, and not an id of the Hub")
+        raise UserError(f"{flag} {name} does not exist: no such folder, and not an id of the Hub")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report on heads that are not used; what is missing is ours to say
     try:
         kind = PretrainedConfig.get_config_dict(name)[0].get("model_type")
         if kind and kind not in kinds:
-            raise UserError(f"--teacher {name} is a {kind}: {description} is needed")
+            raise UserError(f"{flag} {name} is a {kind}: {description} is needed")
         model, info = model_class.from_pretrained(name, output_loading_info=True)
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:3])
-            raise UserError(f"--teacher {name} lacks weights of {description}: {missing}, ...")
+        missing = [key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")]  # nobody uses it
+        if missing:
+            raise UserError(f"{flag} {name} lacks weights of {description}: {', '.join(missing[:3])}, ...")
         return model
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--teacher {name} cannot be loaded: {first_line(error)}") from error
+        raise UserError(f"{flag} {name} cannot be loaded: {first_line(error)}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def build_teacher(args, config):
@@ -989,8 +1183,9 @@ def checkpoints(run_dir):
     return sorted(p for p in (Path(run_dir) / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
 
 
-def save_checkpoint(accelerator, run_dir, step, model, stream, keep):
-    """checkpoints/step_..., with the place of every rank in the data, then model/. Called on all ranks."""
+def save_checkpoint(accelerator, run_dir, step, stream, keep, model=None, **more):
+    """checkpoints/step_..., with the place of every rank in the data and whatever JSON can hold `more`, then model/.
+    Called on all ranks."""
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     temporary = folder.with_name(folder.name + ".tmp")
     if accelerator.is_main_process:
@@ -1001,12 +1196,13 @@ def save_checkpoint(accelerator, run_dir, step, model, stream, keep):
     (temporary / f"data_{accelerator.process_index}.json").write_text(json.dumps(stream.state_dict()))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (temporary / "trainer.json").write_text(json.dumps({"step": step}))
+        (temporary / "trainer.json").write_text(json.dumps({"step": step, **more}))
         publish(temporary, folder)
-        temporary = run_dir / "model.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        accelerator.unwrap_model(model).save_pretrained(temporary)
-        publish(temporary, run_dir / "model")
+        if model is not None:
+            temporary = run_dir / "model.tmp"
+            shutil.rmtree(temporary, ignore_errors=True)
+            accelerator.unwrap_model(model).save_pretrained(temporary)
+            publish(temporary, run_dir / "model")
         for old in checkpoints(run_dir)[:-keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
@@ -1014,10 +1210,11 @@ def save_checkpoint(accelerator, run_dir, step, model, stream, keep):
 
 # What may differ between a run and its continuation.
 VOLATILE = {"run_dir", "resume", "log_every", "checkpoint_every", "keep", "tracker", "compile", "workers"}
+VOLATILE |= {"checkpoint", "beside"}  # of a probe, which knows its encoder by its weights
 
 
-def check_same_run(args, run_dir):
-    """Raises UserError if the folder holds a run of other arguments, and names them."""
+def check_same_run(values, run_dir):
+    """Raises UserError if the folder holds a run of other values {name: value}, and names them."""
     written = Path(run_dir) / "config.json"
     if not written.exists() or not (checkpoints(run_dir) or (Path(run_dir) / "log.jsonl").exists()):
         return  # nothing has begun there
@@ -1025,7 +1222,7 @@ def check_same_run(args, run_dir):
         old = json.loads(written.read_text())["args"]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{written} is damaged: {first_line(error)}; choose another --run-dir") from error
-    new = json.loads(json.dumps(flat(args)))
+    new = json.loads(json.dumps(values))
     names = [name for name in {**old, **new} if name not in VOLATILE and old.get(name) != new.get(name)]
     if names:
         changes = "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
@@ -1035,13 +1232,13 @@ def check_same_run(args, run_dir):
         )
 
 
-def prepare_run_dir(args):
+def prepare_run_dir(run, values):
     """Check the run folder, and find the checkpoint to start from (None: from scratch). Raises UserError.
 
     Order: --resume PATH; then, with auto, the last checkpoint of the run folder; else from scratch.
     """
-    run_dir, resume = Path(args.run.run_dir), args.run.resume
-    check_same_run(args, run_dir)
+    run_dir, resume = Path(run.run_dir), run.resume
+    check_same_run(values, run_dir)
     found = checkpoints(run_dir)
     start = found[-1] if found else None
     if resume == "never" and found:
@@ -1051,28 +1248,35 @@ def prepare_run_dir(args):
         start = start if (start / "trainer.json").exists() else next(reversed(checkpoints(start)), None)
         if start is None:
             raise UserError(f"--resume {resume} is neither a checkpoint nor a run folder with one")
-        check_same_run(args, start.resolve().parent.parent)
+        check_same_run(values, start.resolve().parent.parent)
         if found and found[-1].name > start.name:
             raise UserError(f"run folder {run_dir} goes on to {found[-1].name}: to branch off, pass another --run-dir")
-    try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-        probe = run_dir / f".write_test_{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"run folder {run_dir} is not writable: {error.strerror}; choose another --run-dir") from error
+    make_run_dir(run_dir / "checkpoints")
     return start
 
 
+def make_run_dir(folder):
+    """Make a folder and see that it can be written to. Raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        test = folder / f".write_test_{os.getpid()}"
+        test.touch()
+        test.unlink()
+    except OSError as error:
+        raise UserError(f"run folder {folder} is not writable: {error.strerror}; choose another --run-dir") from error
+
+
 def load_checkpoint(accelerator, path):
-    """Model and optimizer in place; returns (step, this rank's place in the data). Raises UserError."""
+    """Model and optimizer in place; returns trainer.json's object, and this rank's place in the data. Raises
+    UserError."""
     try:
         accelerator.load_state(str(path))
-        step = json.loads((path / "trainer.json").read_text())["step"]
+        trainer = json.loads((path / "trainer.json").read_text())
+        trainer["step"]
         place = path / f"data_{accelerator.process_index}.json"
         if not place.exists():
             raise UserError(f"{path} was written by fewer processes than the {accelerator.num_processes} of now")
-        return step, json.loads(place.read_text())
+        return trainer, json.loads(place.read_text())
     except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
         raise UserError(f"checkpoint {path} does not fit or is damaged: {first_line(error)}") from error
 
@@ -1089,9 +1293,10 @@ class Log:
             write_aside(self.path, "".join(line + "\n" for line in kept))
         bar = self.main and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not bar, dynamic_ncols=True, smoothing=0.05)
-        self.began = time.perf_counter()
+        self.began, self.top1 = time.perf_counter(), ""
 
-    def write(self, values):
+    def write(self, values, shown=True):
+        """One line of the log; in the terminal too, if shown."""
         if not self.main:
             return
         # fp16's scaler may leave a norm that is not finite, for which JSON has no number
@@ -1101,12 +1306,15 @@ class Log:
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=values["step"])
         line = (f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
                 f"waiting for data {values['data_wait']:.0%}")  # fmt: skip
-        if self.bar.disable:
+        if "top1" in values:
+            self.top1 = f"  top-1 {values['top1']:.1f}"
+        line += self.top1
+        if self.bar.disable and shown:
             step = values["step"]
             eta = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
             left = tqdm.format_interval(eta)
             print(f"step {step}/{self.total}  {line}  {left} left", flush=True)
-        else:
+        elif not self.bar.disable:
             self.bar.set_postfix_str(line)
         for name in values.get("skipped_files", []):
             tqdm.write(f"skipped {name}", file=sys.stderr)
@@ -1121,34 +1329,47 @@ def to_device(tensor, device):
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
+def make_accelerator(run, tracker="none"):
+    """DeviceArgs -> Accelerator and the name of its autocast ("no", "bf16", "fp16")."""
+    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    precision = {"auto": "bf16" if has_bf16 else "no", "fp32": "no"}.get(run.precision, run.precision)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=run.run_dir,
+        # the buffers are fixed positions, or statistics that are joined where they are used: nothing to broadcast
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(cores_per_process())  # accelerate launch leaves one
+    return accelerator, precision
+
+
+@contextmanager
+def all_or_none(accelerator):
+    """Work that downloads and checks, on the main process first. A UserError on one rank becomes one on all of them, so
+    that all end."""
+    mistake = None
+    with accelerator.main_process_first():
+        try:
+            yield
+        except UserError as error:
+            mistake = str(error)
+    mistakes = [m for m in gather_object([mistake]) if m]
+    if mistakes:
+        raise UserError(mistakes[0])
+
+
 def train(args):
     """Pretrain as `args` say. Raises UserError and RunError."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     args = resolve(args, world)
-    checkpoint = prepare_run_dir(args)
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    precision = {"auto": "bf16" if has_bf16 else "no", "fp32": "no"}.get(args.run.precision, args.run.precision)
-    accelerator = Accelerator(
-        mixed_precision=precision,
-        log_with=None if args.run.tracker == "none" else args.run.tracker,
-        project_dir=args.run.run_dir,
-        # the buffers are fixed positions: nothing to broadcast
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+    checkpoint = prepare_run_dir(args.run, flat(args))
+    accelerator, precision = make_accelerator(args.run, args.run.tracker)
     rank, device = accelerator.process_index, accelerator.device
-    if device.type == "cpu":
-        torch.set_num_threads(cores_per_process())  # accelerate launch leaves one
     run_dir = Path(args.run.run_dir)
-
-    source, teacher, mistake = None, None, None
-    with accelerator.main_process_first():
-        try:
-            source, teacher = open_source(args.data, world), build_teacher(args, model_config(args))
-        except UserError as error:
-            mistake = str(error)
-    mistakes = [m for m in gather_object([mistake]) if m]
-    if mistakes:  # on whichever rank: all of them end
-        raise UserError(mistakes[0])
+    with all_or_none(accelerator):
+        source, teacher = open_source(args.data, world), build_teacher(args, model_config(args))
     config = model_config(args, target_dim=teacher.target_dim)
     teacher.to(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if device.type != "cpu" else None)
 
@@ -1184,7 +1405,8 @@ def train(args):
     model.train()
     start, place = 0, None
     if checkpoint:
-        start, place = load_checkpoint(accelerator, checkpoint)
+        trainer, place = load_checkpoint(accelerator, checkpoint)
+        start = trainer["step"]
         if accelerator.is_main_process:
             print(f"continuing from {checkpoint}" if start < total else f"{run_dir} is complete: {start} steps")
     stream = Stream(source, Crops(args, config), args.data, args.run.seed, rank, world, place)
@@ -1254,24 +1476,28 @@ def train(args):
             })  # fmt: skip
             sums, steps, waited, since = {}, 0, 0.0, time.perf_counter()
         if writes:
-            save_checkpoint(accelerator, run_dir, done, model, stream, args.run.keep)
+            save_checkpoint(accelerator, run_dir, done, stream, args.run.keep, model)
             since = time.perf_counter()
     log.bar.close()
     if start >= total and not checkpoints(run_dir):  # a finished run, resumed by its path into a new folder
-        save_checkpoint(accelerator, run_dir, start, model, stream, args.run.keep)
+        save_checkpoint(accelerator, run_dir, start, stream, args.run.keep, model)
     if accelerator.is_main_process:
         print(f"done: {run_dir / 'model'} holds the model, {run_dir / 'log.jsonl'} the log")
     accelerator.end_training()
 
 
-def main():
-    """The command line: exit code 2 for what the user gave, 1 for a run that failed."""
+def command_line(work):
+    """Call work(): exit code 2 for what the user gave, 1 for a run that failed."""
     try:
-        train(parse())
+        work()
     except (UserError, RunError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, BadFilesError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(1 if isinstance(error, RunError) else 2)
+
+
+def main():
+    command_line(lambda: train(parse()))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ import io
 import tarfile
 
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 
@@ -12,6 +12,14 @@ def png(number, size=(8, 8)):
     """A lossless image of one colour that spells `number`."""
     file = io.BytesIO()
     Pillow.new("RGB", size, (number // 256, number % 256, 77)).save(file, "PNG")
+    return file.getvalue()
+
+
+def noise_png(number, size=(28, 28)):
+    """A lossless image of noise, brighter where `number` is odd."""
+    noise = torch.rand(3, *size, generator=torch.Generator().manual_seed(number)) * (0.8 + 0.05 * (number % 2))
+    file = io.BytesIO()
+    Pillow.fromarray((255 * noise).byte().permute(1, 2, 0).numpy()).save(file, "PNG")
     return file.getvalue()
 
 
@@ -30,25 +38,32 @@ class Numbers:
         return torch.tensor(number_of(image)), torch.tensor(seed)
 
 
-def write_parquet(folder, counts, group=1000, first=0, encode=png):
-    """One Parquet file for each count, with row groups of `group` rows."""
+def write_parquet(folder, counts, group=1000, first=0, encode=png, split="train", labels="names",
+                  names=("even", "odd"), missing=(), offset=0):  # fmt: skip
+    """One Parquet file for each count, with row groups of `group` rows. The label is number % 2 + offset: a class with
+    a name, a number, a word, or nothing (labels=None, or for the numbers in `missing`)."""
     folder.mkdir(parents=True, exist_ok=True)
-    features = Features({"image": Image(), "label": ClassLabel(names=["even", "odd"])})
+    kinds = {"names": ClassLabel(names=list(names)), "numbers": Value("int64"), "words": Value("string")}
+    features = Features({"image": Image(), **({"label": kinds[labels]} if labels else {})})
     for i, count in enumerate(counts):
         numbers = range(first, first + count)
-        rows = {"image": [{"bytes": encode(n), "path": f"{n}.png"} for n in numbers], "label": [n % 2 for n in numbers]}
+        rows = {"image": [{"bytes": encode(n), "path": f"{n}.png"} for n in numbers]}
+        if labels:
+            found = [n % 2 + offset for n in numbers]
+            found = [names[y] for y in found] if labels == "words" else found
+            rows["label"] = [None if n in missing else y for n, y in zip(numbers, found, strict=True)]
         data = Dataset.from_dict(rows, features=features)
-        data.to_parquet(folder / f"train-{i:05d}-of-{len(counts):05d}.parquet", batch_size=group)
+        data.to_parquet(folder / f"{split}-{i:05d}-of-{len(counts):05d}.parquet", batch_size=group)
         first += count
     return folder
 
 
-def write_tars(folder, counts, encode=png):
+def write_tars(folder, counts, encode=png, split="train"):
     """One webdataset shard for each count: NUMBER.png beside NUMBER.cls."""
     folder.mkdir(parents=True, exist_ok=True)
     number = 0
     for i, count in enumerate(counts):
-        with tarfile.open(folder / f"train-{i:05d}.tar", "w") as tar:
+        with tarfile.open(folder / f"{split}-{i:05d}.tar", "w") as tar:
             for _ in range(count):
                 for name, data in ((f"{number:06d}.png", encode(number)), (f"{number:06d}.cls", b"%d" % (number % 2))):
                     member = tarfile.TarInfo(name)

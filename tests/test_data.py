@@ -145,7 +145,7 @@ def test_undecodable_files_are_skipped_counted_and_named(tmp_path, kind, streami
 def test_more_than_one_percent_of_bad_files_stops_the_run(tmp_path):
     write_folder(tmp_path / "folder", 400, encode=lambda n: b"bad" if n % 50 == 0 else png(n))
     stream, _ = open_stream(tmp_path / "folder", False)
-    with pytest.raises(UserError, match=r"of the \d+ files that this process read could not be decoded, more than 1 %"):
+    with pytest.raises(UserError, match=r"of the \d+ files that this process read could not be used, more than 1 %"):
         read_passes(stream, 1)
 
 

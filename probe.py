@@ -1,0 +1,1110 @@
+"""How good is a frozen encoder? kNN, linear and attentive probes, for any checkpoint and any labelled data set.
+
+    python probe.py knn --checkpoint runs/cae-v2-base --dataset ILSVRC/imagenet-1k
+    accelerate launch probe.py linear --checkpoint runs/cae-v2-base
+    accelerate launch probe.py attentive --kind ep --checkpoint openai/clip-vit-base-patch16
+
+Each ends with a table, writes result.json into its run folder and prints the same object as its last line.
+
+Read in this order: arguments, encoders, features, kNN, heads, their training, results.
+"""
+
+import copy
+import hashlib
+import io
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+import warnings
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from train import (  # first: it sets the environment for torch
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    AutoFloat,
+    AutoInt,
+    AutoStr,
+    CenterCrop,
+    DataArgs,
+    DeviceArgs,
+    ImagesArgs,
+    LabelArgs,
+    Log,
+    RunArgs,
+    RunError,
+    Stream,
+    UserError,
+    all_or_none,
+    command_line,
+    default,
+    first_line,
+    flat,
+    learning_rate,
+    load_checkpoint,
+    load_pretrained,
+    make_accelerator,
+    make_run_dir,
+    normalize,
+    one_pass,
+    open_labelled,
+    parse,
+    permutation,
+    prepare_run_dir,
+    require,
+    resolve_images,
+    resolve_run,
+    save_checkpoint,
+    to_device,
+    write_aside,
+)
+
+# isort: split
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from accelerate.utils import gather_object
+from einops import rearrange
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from safetensors import SafetensorError
+from torchvision.transforms import v2
+from tqdm.auto import tqdm
+
+from cae import CAE, LN_EPS, SIZES, CAEConfig, CrossAttention, load_official, patch_grid
+
+# ----------------------------------------------------------------------------------------------------------------
+# Arguments: one dataclass for each sub-command, of groups that share fields. Values of None follow from others.
+
+Scale = Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FLOAT FLOAT", help_behavior_hint="")]
+Channels = Annotated[
+    tuple[float, float, float] | None, tyro.conf.arg(metavar="FLOAT FLOAT FLOAT", help_behavior_hint="")
+]
+
+
+@dataclass
+class EncoderArgs:
+    """The encoder, and what it sees."""
+
+    checkpoint: AutoStr = None
+    """Run folder; model/ folder; Hub id; released .pth, also owner/name::path; transformers BEiT, CLIP, DINOv2, ..."""
+    random_init: Annotated[str | None, tyro.conf.arg(metavar="|".join(SIZES), help_behavior_hint="")] = None
+    """An untrained encoder of this size instead: the floor."""
+    image_size: AutoInt = None
+    """Side of the square crop, in pixels. Default: the encoder's own."""
+    crop_ratio: AutoFloat = None
+    """Evaluation: the crop's share of the resized shorter side. Default: 0.875 (224 of 256); 1 up to 64 pixels."""
+    pixel_mean: Channels = None
+    """Mean of the encoder's input. Default: ImageNet's, or what preprocessor_config.json says; CLIP's own for CLIP."""
+    pixel_std: Channels = None
+    """Standard deviation likewise."""
+    beside: tuple[str, ...] = ()
+    """Run folders of other results of the same task, to show as rows of the table."""
+
+
+@dataclass
+class KNNArgs:
+    """Weighted k nearest neighbours."""
+
+    k: tuple[int, ...] = ()
+    """Numbers of neighbours; the first is the headline. Default: 20 5 10 15 50 100 200, as far as there are images."""
+    temperature: tuple[float, ...] = (0.07, 0.1, 0.2)
+    """A neighbour's vote is exp(cosine / temperature). The first is the headline."""
+
+
+@dataclass
+class HeadArgs:
+    """Training of the heads."""
+
+    lr: tuple[float, ...] = ()
+    """Base learning rates per 256 images; each trains a head of its own beside the recipe's. Default: the recipe's."""
+    warmup_epochs: AutoFloat = None
+    """Linear warm-up from 0. Default: a ninth of the run, 10 of 90 epochs."""
+    momentum: float = 0.9
+    """Momentum."""
+    weight_decay: float = 0.0
+    """Weight decay."""
+    trust_coefficient: float = 0.001
+    """LARS (linear, ep): length of a step over length of the weights, per unit of learning rate."""
+    crop_scale: Scale = None
+    """Area of the random crop. Default: 0.08 1.0; up to 64 pixels 0.4 1.0."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    cache_features: bool = False
+    """Extract features once, without augmentation, and train on them: a quick answer, and another recipe."""
+    knn: bool = False
+    """Also kNN, on features without augmentation. Always with --cache-features and --kind ep."""
+    eval_every: float = 1.0
+    """Epochs between evaluations; there is always one at the end."""
+
+
+@dataclass
+class LinearArgs(HeadArgs):
+    """Linear probe and its training."""
+
+    pool: tuple[Literal["class", "mean", "both"], ...] = ("class",)
+    """Features: class token, mean of the patches, or both side by side; every one with every --lr."""
+
+
+@dataclass
+class AttentiveArgs(HeadArgs):
+    """Attentive probe and its training."""
+
+    kind: Literal["cae", "ep"] = "cae"
+    """cae: one query, cross-attention, SGD, as in the paper. ep: the efficient probe, with LARS."""
+    tokens: Literal["patches", "all"] = "patches"
+    """Attend to the patches, or to the class token as well (as the released code does)."""
+    queries: int = 32
+    """Queries of the efficient probe."""
+
+
+@dataclass
+class ProbeData(DataArgs):
+    """Which images, and how they reach the encoder."""
+
+    batch_size: AutoInt = None
+    """Images per process and forward pass. Default: 512, or the effective batch size's share if that is less."""
+    effective_batch_size: AutoInt = None
+    """Images per step of the heads over all processes: features of several forward passes are joined. Default: linear
+    16384, attentive 8192, ep 4096 (demo: 256)."""
+
+
+@dataclass
+class ProbeRun(RunArgs):
+    """How long, where to, and on what."""
+
+    epochs: AutoFloat = None
+    """Passes over the data. Default: 90."""
+    log_every: int = 100
+    """Steps between log lines. Only there and in evaluations does the host wait for the device."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints; the last step always writes one."""
+
+
+@dataclass
+class KNN:
+    """Weighted kNN on class token and mean of patches: no training, a first answer."""
+
+    encoder: EncoderArgs = field(default_factory=EncoderArgs)
+    data: ImagesArgs = field(default_factory=ImagesArgs)
+    labels: LabelArgs = field(default_factory=LabelArgs)
+    probe: KNNArgs = field(default_factory=KNNArgs)
+    run: DeviceArgs = field(default_factory=DeviceArgs)
+
+
+@dataclass
+class Linear:
+    """Linear probe, by the paper's recipe."""
+
+    encoder: EncoderArgs = field(default_factory=EncoderArgs)
+    data: ProbeData = field(default_factory=ProbeData)
+    labels: LabelArgs = field(default_factory=LabelArgs)
+    probe: LinearArgs = field(default_factory=LinearArgs)
+    run: ProbeRun = field(default_factory=ProbeRun)
+
+
+@dataclass
+class Attentive:
+    """Attentive probe, by the paper's recipe or as the efficient probe."""
+
+    encoder: EncoderArgs = field(default_factory=EncoderArgs)
+    data: ProbeData = field(default_factory=ProbeData)
+    labels: LabelArgs = field(default_factory=LabelArgs)
+    probe: AttentiveArgs = field(default_factory=AttentiveArgs)
+    run: ProbeRun = field(default_factory=ProbeRun)
+
+
+Command = (
+    Annotated[KNN, tyro.conf.subcommand("knn")]
+    | Annotated[Linear, tyro.conf.subcommand("linear")]
+    | Annotated[Attentive, tyro.conf.subcommand("attentive")]
+)
+
+
+def resolve(args, encoder, world=1):
+    """The arguments of a sub-command with every None filled in. Raises UserError."""
+    args = copy.deepcopy(args)
+    data, probe, run, choice = args.data, args.probe, args.run, args.encoder
+    default(choice, "image_size", encoder.image_size)
+    small = choice.image_size <= 64
+    size, patch = choice.image_size, encoder.patch_size
+    require(size > 0 and size % patch == 0,
+            f"--image-size {size} is not divisible by the encoder's patch of {patch} pixels")  # fmt: skip
+    default(choice, "crop_ratio", 1.0 if small else 0.875)
+    require(0 < choice.crop_ratio <= 1, f"--crop-ratio is {choice.crop_ratio}: it must lie in (0, 1]")
+    default(choice, "pixel_mean", encoder.mean)
+    default(choice, "pixel_std", encoder.std)
+    require(min(choice.pixel_std) > 0, f"--pixel-std is {choice.pixel_std}: it must be positive")
+    for folder in choice.beside:
+        require((Path(folder) / "result.json").is_file(), f"--beside {folder} holds no result.json")
+    require(args.labels.num_classes is None or args.labels.num_classes > 1, "--num-classes must be 2 or more")
+    if isinstance(args, KNN):
+        resolve_images(data)
+        default(data, "batch_size", 512)
+        require(all(k > 0 for k in probe.k), f"--k is {probe.k}: they must be positive")
+        require(probe.temperature and min(probe.temperature) > 0, "--temperature must be positive")
+        return args
+    effective = 256 if data.dataset == "demo" else {"linear": 16384, "attentive": 8192, "ep": 4096}[task_of(args)]
+    resolve_run(data, run, world, batch=512, effective=effective, epochs=90.0)
+    default(probe, "crop_scale", (0.4, 1.0) if small else (0.08, 1.0))
+    low, high = probe.crop_scale
+    require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
+    require(0 <= probe.flip <= 1, f"--flip is {probe.flip}: it must lie between 0 and 1")
+    require(all(lr > 0 for lr in probe.lr), f"--lr is {probe.lr}: they must be positive")
+    require(0 <= probe.momentum < 1, f"--momentum is {probe.momentum}: it must lie in [0, 1)")
+    require(probe.eval_every > 0, f"--eval-every is {probe.eval_every}: it must be positive")
+    for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
+        value = getattr(probe, name) or 0
+        require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must not be negative")
+    if isinstance(args, Linear):
+        require(probe.pool, "--pool is empty: class, mean, both")
+    elif probe.kind == "ep":
+        require(probe.queries > 0 and encoder.dim % probe.queries == 0,
+                f"--queries {probe.queries} does not divide the encoder's width of {encoder.dim}")  # fmt: skip
+    probe.knn = probe.knn or probe.cache_features or task_of(args) == "ep"
+    return args
+
+
+def task_of(args):
+    """knn, linear, attentive or ep."""
+    return "ep" if isinstance(args, Attentive) and args.probe.kind == "ep" else type(args).__name__.lower()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Encoders: pixels in [0, 1] (B, 3, H, W) -> tokens (B, 1 + N, D), class token first, after the encoder's last norm.
+
+
+class Frozen(nn.Module):
+    """A frozen encoder: evaluation mode, no gradients, nothing in it ever changes.
+
+    `model` is a CAE, or a transformers model of one of HF_KINDS. CLIP's tokens are those before its projection, each
+    through post_layernorm (CLIP's own linear probes use the class token there).
+    """
+
+    def __init__(self, model, kind, image_size, patch_size, dim, heads, mean, std):
+        super().__init__()
+        self.model, self.kind = model.eval().requires_grad_(False), kind
+        self.image_size, self.patch_size, self.dim, self.heads = image_size, patch_size, dim, heads
+        self.mean, self.std = tuple(mean), tuple(std)
+
+    def train(self, mode=True):
+        return super().train(False)  # there is no other mode
+
+    @torch.no_grad()
+    def forward(self, pixels):
+        x = normalize(pixels, self.mean, self.std)                                       # (B, 3, H, W)
+        if isinstance(self.model, CAE):
+            return self.model.encode(x)                                                  # (B, 1 + N, D)
+        foreign = x.shape[-2:] != (self.image_size, self.image_size)
+        options = {"interpolate_pos_encoding": foreign} if self.kind in ("clip", "beit", "vit") else {}
+        if self.kind == "clip":
+            tower = getattr(self.model, "vision_model", self.model)
+            return tower.post_layernorm(tower(x, **options).last_hidden_state)           # (B, 1 + N, D)
+        x = self.model(x, **options).last_hidden_state                                   # (B, 1 + registers + N, D)
+        rows, columns = patch_grid(pixels, self.patch_size)
+        return torch.cat([x[:, :1], x[:, -rows * columns :]], dim=1)                     # (B, 1 + N, D)
+
+    def digest(self):
+        """A short name of the weights."""
+        hasher = hashlib.blake2b(digest_size=8)
+        for name, tensor in sorted(self.model.state_dict().items()):
+            hasher.update(f"{name} {tuple(tensor.shape)}".encode())
+            hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return hasher.hexdigest()
+
+
+# model_type of transformers -> our name. All have a class token first and the patches last, row by row.
+HF_KINDS = {"clip": "clip", "clip_vision_model": "clip", "beit": "beit", "data2vec-vision": "beit", "vit": "vit",
+            "dinov2": "dinov2", "dinov2_with_registers": "dinov2", "dinov3_vit": "dinov3"}  # fmt: skip
+
+
+def load_encoder(args, seed=0):
+    """EncoderArgs -> Frozen. Raises UserError."""
+    name = args.checkpoint
+    if name is None:
+        require(args.random_init in SIZES, f"--random-init {args.random_init} does not exist: {', '.join(SIZES)}")
+        torch.manual_seed(seed)
+        return of_cae(CAE(CAEConfig.from_size(args.random_init)))
+    path = Path(name).expanduser()
+    try:
+        if "::" in name or path.is_file():
+            return of_cae(load_official(name if "::" in name else path))
+        if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise UserError(f"--checkpoint {name} does not exist: no such file or folder, and not an id of the Hub")
+        if path.is_dir():
+            path = path / "model" if (path / "model").is_dir() else path  # of a run folder
+            require((path / "config.json").is_file(), f"--checkpoint {name} holds no config.json: it is no model")
+        config = json.loads(Path(fetch(path if path.is_dir() else name, "config.json")).read_text())
+        if "model_type" in config:
+            return of_transformers(str(path) if path.is_dir() else name, config)
+        require("args" not in config, f"--checkpoint {name} is a run folder without a model/ yet")
+        require("method" in config, f"--checkpoint {name} is no encoder: its config.json names neither "
+                                    "a method of this project nor a model_type of transformers")  # fmt: skip
+        with redirect_stdout(io.StringIO()):  # huggingface_hub prints
+            return of_cae(CAE.from_pretrained(path if path.is_dir() else name))
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError, HFValidationError,
+            OfflineModeIsEnabled) as error:  # fmt: skip
+        raise UserError(f"--checkpoint {name} cannot be loaded: {first_line(error)}") from error
+
+
+def fetch(folder_or_id, file):
+    """Path of a file of a model folder, or of one on the Hub."""
+    return folder_or_id / file if isinstance(folder_or_id, Path) else hf_hub_download(folder_or_id, file)
+
+
+def of_cae(model):
+    config = model.config
+    return Frozen(model, config.method, config.image_size, config.patch_size, config.dim, config.heads, IMAGENET_MEAN,
+                  IMAGENET_STD)  # fmt: skip
+
+
+def of_transformers(name, config):
+    """Adapter for a transformers folder or Hub id; `config` is its config.json. Raises UserError."""
+    import transformers
+
+    kind = HF_KINDS.get(config["model_type"])
+    kinds = ", ".join(HF_KINDS)
+    require(kind, f"--checkpoint {name} is a {config['model_type']}: no encoder that is known here ({kinds})")
+    model_class = transformers.AutoModel
+    if kind == "clip":
+        bare = config.get("architectures") == ["CLIPVisionModel"]
+        model_class = transformers.CLIPVisionModel if bare else transformers.CLIPVisionModelWithProjection
+    model = load_pretrained(name, model_class, tuple(HF_KINDS), f"a {kind} encoder", "--checkpoint")
+    mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
+    try:
+        folder = Path(name) if Path(name).is_dir() else name
+        processor = json.loads(Path(fetch(folder, "preprocessor_config.json")).read_text())
+        mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
+    except (FileNotFoundError, EntryNotFoundError):
+        pass
+    config = model.config
+    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
+    return Frozen(model, kind, size, config.patch_size, config.hidden_size, config.num_attention_heads,
+                  mean, std)  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Features.
+
+
+class Augment:
+    """The view to train on: random resized crop and flip, nothing else. A pure function of the image and a seed."""
+
+    names = ("images",)
+
+    def __init__(self, size, scale, flip):
+        self.transform = v2.Compose([
+            v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.RandomHorizontalFlip(flip),
+        ])  # fmt: skip
+
+    def __call__(self, image, seed):
+        """uint8 (3, H, W) -> (uint8 (3, S, S),)."""
+        torch.default_generator.manual_seed(seed)
+        return (self.transform(image),)
+
+
+def pooled(tokens):
+    """Tokens (B, 1 + N, D) -> class token and mean of the patches (B, 2, D)."""
+    return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
+
+
+class Probe:
+    """What all sub-commands share: encoder, data, evaluation view, device."""
+
+    def __init__(self, args, encoder, accelerator):
+        self.args, self.encoder, self.accelerator = args, encoder.to(accelerator.device), accelerator
+        self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
+        self.encoder.mean, self.encoder.std = args.encoder.pixel_mean, args.encoder.pixel_std
+        self.view = CenterCrop(args.encoder.image_size, args.encoder.crop_ratio)
+        self.skipped = 0
+        if args.run.compile:
+            self.encoder.compile()
+
+    def features(self, images, select):
+        """uint8 images (B, 3, S, S) -> select(tokens), float32 on the device."""
+        with self.accelerator.autocast():
+            tokens = self.encoder(to_device(images, self.device).float() / 255)          # (B, 1 + N, D)
+        return select(tokens.float())
+
+    def batches(self, source, select, what):
+        """(features, labels) of this rank's part of one pass without augmentation, with a bar."""
+        data = self.args.data
+        total = source.num_images and len(range(self.rank, source.num_images, self.world))
+        chunks = one_pass(source, self.view, data.batch_size, data.workers, self.rank, self.world)
+        for chunk in watch(chunks, total, what, self.accelerator.is_main_process):
+            self.skipped += len(chunk["skipped"])
+            for name in chunk["skipped"]:
+                tqdm.write(f"skipped {name}", file=sys.stderr)
+            if len(chunk["ids"]):
+                yield self.features(chunk["images"], select), to_device(chunk["labels"], self.device)
+
+    def extract(self, source, select, what):
+        """Features (n, t, D) and labels (n) of this rank's part of a pass. Raises UserError."""
+        parts, needed = [], None
+        for x, y in self.batches(source, select, what):
+            if needed is None and source.num_images:
+                needed, free = source.num_images / self.world * x[0].numel() * 4, free_memory(self.device)
+                if needed > 0.8 * free:
+                    raise UserError(f"the features of {source.num_images} images take {needed / 2**30:.0f} GiB in each "
+                                    f"process, {free / 2**30:.0f} are free: drop --cache-features, or use more "
+                                    "processes")  # fmt: skip
+            parts.append((x, y))
+        empty = torch.zeros(0, 1, self.encoder.dim, device=self.device), torch.zeros(0, dtype=torch.int64)
+        xs, ys = zip(*parts or [empty], strict=True)
+        del parts
+        return torch.cat(xs), torch.cat(ys).to(self.device)
+
+
+def free_memory(device):
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def watch(chunks, total, what, shown):
+    """Pass chunks on, with a bar of images, images/s, the share of time waiting for data and the time left; outside a
+    terminal a line every ten seconds."""
+    bar = tqdm(total=total, desc=what, unit="image", disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True)
+    began, waited, done, last = time.perf_counter(), 0.0, 0, time.perf_counter()
+    chunks = iter(chunks)
+    while True:
+        asked = time.perf_counter()
+        chunk = next(chunks, None)
+        now = time.perf_counter()
+        waited += now - asked
+        if chunk is None:
+            break
+        yield chunk
+        done += len(chunk["ids"])
+        bar.update(len(chunk["ids"]))
+        bar.set_postfix_str(f"waiting for data {waited / (now - began):.0%}", refresh=False)
+        if shown and bar.disable and now - last > 10:
+            last, rate = now, done / (now - began)
+            left = tqdm.format_interval((total - done) / rate) if total else "?"
+            print(f"{what}: {done}/{total or '?'} images  {rate:.0f} images/s  waiting for data "
+                  f"{waited / (now - began):.0%}  {left} left", flush=True)  # fmt: skip
+    bar.close()
+
+
+def gather_rows(accelerator, x):
+    """Rows of all ranks, which may have different numbers of them: (n, ...) -> (sum of n, ...)."""
+    counts = accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
+    padded = x.new_zeros(max(counts), *x.shape[1:])
+    padded[: len(x)] = x
+    parts = accelerator.gather(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# kNN.
+
+KS = (20, 5, 10, 15, 50, 100, 200)
+BLOCK = 2**16  # rows of the bank that are compared at once
+
+
+def nearest(queries, bank, labels, k):
+    """The k most similar rows of the bank: cosines (Q, k) and labels (Q, k), nearest first.
+
+    queries (Q, D) and bank (n, D) of length 1, labels (n). The bank is read in blocks, so that memory does not grow
+    with it. Where n < k, cosines of -inf fill up.
+    """
+    best = queries.new_full((len(queries), k), -math.inf)
+    best_labels = labels.new_zeros(len(queries), k)
+    for rows, row_labels in zip(bank.split(BLOCK), labels.split(BLOCK), strict=True):
+        cosines = torch.cat([best, queries @ rows.T], dim=1)                             # (Q, k + block)
+        best, index = cosines.topk(k, dim=1)
+        candidates = torch.cat([best_labels, row_labels.expand(len(queries), -1)], dim=1)
+        best_labels = candidates.gather(1, index)                                        # (Q, k)
+    return best, best_labels
+
+
+def votes(cosines, labels, temperature, num_classes):
+    """Scores of the classes: exp(cosine / temperature), summed over the neighbours (Q, k) of each class: (Q, C)."""
+    weights = ((cosines - cosines[:, :1]) / temperature).exp()  # a common factor; overflows nowhere
+    return weights.new_zeros(len(labels), num_classes).scatter_add_(1, labels, weights)
+
+
+def hits(scores, labels):
+    """How many of scores (..., B, C) have the label (B) first, and among the first five: (..., 2)."""
+    first = scores.topk(min(5, scores.shape[-1]), dim=-1).indices                        # (..., B, 5)
+    right = first == labels[:, None]
+    return torch.stack([right[..., :1].any(-1).sum(-1), right.any(-1).sum(-1)], dim=-1)
+
+
+@torch.no_grad()
+def knn(accelerator, bank, labels, queries, query_labels, num_classes, ks, temperatures):
+    """Weighted kNN accuracy for every number of neighbours and temperature: a list of result rows.
+
+    bank (n, 2, D), labels (n), queries (m, 2, D), query_labels (m): this rank's parts, class token and mean of the
+    patches. The bank stays where it is: all queries go to all ranks, and each query's nearest rows of every rank are
+    merged. Exact, whatever the number of ranks.
+    """
+    everyone, everyones_labels = gather_rows(accelerator, queries), gather_rows(accelerator, query_labels)
+    k_max, rows = max(ks), []
+    for p, pool in enumerate(("class", "mean")):
+        unit = F.normalize(bank[:, p], dim=-1)                                           # (n, D)
+        right = {(k, t): 0 for k in ks for t in temperatures}
+        for q, y in zip(everyone[:, p].split(1024), everyones_labels.split(1024), strict=True):
+            near = nearest(F.normalize(q, dim=-1), unit, labels, k_max)                  # (Q, k) twice
+            # gather joins along the first dimension: of (1, Q, k) it makes (world, Q, k)
+            cosines, classes = (rearrange(accelerator.gather(x[None]), "w q k -> q (w k)") for x in near)
+            cosines, index = cosines.topk(k_max, dim=1)
+            classes = classes.gather(1, index)                                           # (Q, k)
+            for k, t in right:
+                right[k, t] = right[k, t] + hits(votes(cosines[:, :k], classes[:, :k], t, num_classes), y)
+        for (k, t), count in right.items():
+            top1, top5 = (100 * count / len(everyone)).tolist()
+            rows.append({"pool": pool, "k": k, "temperature": t, "top1": round(top1, 3), "top5": round(top5, 3)})
+    return rows
+
+
+def knn_rows(probe, bank, val, num_classes):
+    """knn() with the arguments of the sub-command, or its defaults. Raises UserError."""
+    asked = isinstance(probe.args, KNN) and probe.args.probe.k
+    total = sum(gather_object([len(bank[0])]))
+    ks = asked or [k for k in KS if k <= total]
+    require(ks and max(ks) <= total, f"--k {max(ks or KS)} is more than the {total} images to learn from")
+    temperatures = probe.args.probe.temperature if isinstance(probe.args, KNN) else KNNArgs.temperature
+    return knn(probe.accelerator, *bank, *val, num_classes, ks, temperatures)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Heads. All train side by side on the same features; none sees another's gradient.
+
+
+class LinearHead(nn.Module):
+    """BatchNorm without affine, then a linear layer (CAE section "Linear probing"), on features (B, 2, D)."""
+
+    def __init__(self, pool, dim, num_classes):
+        super().__init__()
+        self.pool = pool
+        width = 2 * dim if pool == "both" else dim
+        self.norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
+        self.linear = classifier(width, num_classes)
+
+    def forward(self, features):
+        x = {"class": features[:, 0], "mean": features[:, 1], "both": features.flatten(1)}[self.pool]
+        return self.linear(self.norm(x))                                                 # (B, C)
+
+
+class AttentiveHead(nn.Module):
+    """CAE section "Attentive probing": one learned query attends to the tokens; no MLP, no skip; BatchNorm; linear.
+
+    The released attentive probe cannot run: it passes arguments that its block does not take. Its projections are
+    initialised here as the model's are (Xavier), the query is zero.
+    """
+
+    def __init__(self, dim, heads, num_classes):
+        super().__init__()
+        self.query = nn.Parameter(torch.zeros(1, 1, dim))
+        self.norm_q = nn.LayerNorm(dim, eps=LN_EPS)
+        self.norm_k = nn.LayerNorm(dim, eps=LN_EPS)
+        self.norm_v = nn.LayerNorm(dim, eps=LN_EPS)
+        self.attn = CrossAttention(dim, heads)
+        for linear in self.attn.children():
+            nn.init.xavier_uniform_(linear.weight)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        self.norm = nn.BatchNorm1d(dim, eps=1e-5, affine=False)
+        self.linear = classifier(dim, num_classes)
+
+    def forward(self, tokens):
+        query = self.norm_q(self.query).expand(len(tokens), -1, -1)                      # (B, 1, D)
+        x = self.attn(query, self.norm_k(tokens), self.norm_v(tokens))                   # (B, 1, D)
+        return self.linear(self.norm(x[:, 0]))                                           # (B, C)
+
+
+class EfficientHead(nn.Module):
+    """The efficient probe of "Attention, Please! Revisiting Attentive Probing" (arXiv 2506.10178).
+
+    M queries of width D score the tokens themselves, q . x / sqrt(D), without a projection of keys. Values are one
+    bias-free Linear(D -> D), its channels in M groups; query m pools group m. The values are linear in the tokens, so
+    the tokens are pooled first and the layer is applied to M pooled tokens instead of N.
+    """
+
+    def __init__(self, dim, queries, num_classes):
+        super().__init__()
+        self.query = nn.Parameter(0.02 * torch.randn(1, queries, dim))
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.norm = nn.BatchNorm1d(dim, eps=1e-6, affine=False)
+        self.linear = classifier(dim, num_classes)
+
+    def forward(self, tokens):
+        query = self.query.expand(len(tokens), -1, -1)                                   # (B, M, D)
+        x = F.scaled_dot_product_attention(query, tokens, tokens)                        # (B, M, D)
+        groups = rearrange(self.value.weight, "(m c) d -> m c d", m=query.shape[1])      # (M, D / M, D)
+        x = torch.einsum("bmd,mcd->bmc", x, groups).flatten(1)                           # (B, D)
+        return self.linear(self.norm(x))                                                 # (B, C)
+
+
+def classifier(dim, num_classes):
+    """Weights normal with std 0.01, bias 0."""
+    linear = nn.Linear(dim, num_classes)
+    nn.init.trunc_normal_(linear.weight, std=0.01)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+class Heads(nn.ModuleList):
+    """Heads side by side: features -> logits (heads, B, C)."""
+
+    def forward(self, features):
+        return torch.stack([head(features).float() for head in self])
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (You et al., arXiv 1708.03888), as linear probes use them.
+
+    The gradient with its weight decay is scaled by trust_coefficient * |w| / |g|, except for parameters of one
+    dimension (and where either length is 0), then enters the momentum buffer; the step is lr times the buffer.
+    """
+
+    def __init__(self, params, lr=0.0, momentum=0.9, weight_decay=0.0, trust_coefficient=0.001):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay,
+                                  "trust_coefficient": trust_coefficient})  # fmt: skip
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for group in self.param_groups:
+            for w in group["params"]:
+                if w.grad is None:
+                    continue
+                g = w.grad
+                if w.ndim > 1:  # the others are not decayed either
+                    g = g + group["weight_decay"] * w
+                    trust = group["trust_coefficient"] * w.norm() / g.norm()
+                    g = g * torch.where(torch.isfinite(trust) & (trust > 0), trust, 1.0)
+                buffer = self.state[w].setdefault("momentum_buffer", torch.zeros_like(w))
+                buffer.mul_(group["momentum"]).add_(g)
+                w.sub_(group["lr"] * buffer)
+        return loss
+
+
+# Base learning rates per 256 images: 6.4 at 16384, 0.4 at 8192, 1.6 at 4096. LARS moves by a share of the weights'
+# length, so the demo's 2,110 small steps need a larger one, chosen on 1,000 images held out of its training split.
+RECIPE_LR = {"linear": 0.1, "attentive": 0.4 / 32, "ep": 0.1}
+DEMO_LR = {"linear": 10.0, "attentive": 0.4 / 32, "ep": 3.0}
+
+
+def make_heads(args, encoder, num_classes):
+    """Heads, their descriptions and their optimizer. The first is the recipe's own setting; the others are every
+    combination of --lr (and --pool) beyond it."""
+    probe, task = args.probe, task_of(args)
+    base = (DEMO_LR if args.data.dataset == "demo" else RECIPE_LR)[task]
+    rates = sorted(set(probe.lr) | {base})
+    settings = [{"lr": lr} for lr in rates]
+    recipe = {"lr": base}
+    if task == "linear":
+        pools = [pool for pool in ("class", "mean", "both") if pool in probe.pool]
+        settings = [{"pool": pool, "lr": lr} for pool in pools for lr in rates]
+        recipe = {"pool": "class", "lr": base}
+    settings = [recipe] + [setting for setting in settings if setting != recipe]
+    torch.manual_seed(args.run.seed)
+    heads = Heads()
+    for setting in settings:
+        if task == "linear":
+            head = LinearHead(setting["pool"], encoder.dim, num_classes)
+        elif task == "attentive":
+            head = AttentiveHead(encoder.dim, encoder.heads, num_classes)
+        else:
+            head = EfficientHead(encoder.dim, probe.queries, num_classes)
+        heads.append(head)
+    scale = args.data.effective_batch_size / 256
+    groups = [{"params": list(head.parameters()), "peak": setting["lr"] * scale}
+              for head, setting in zip(heads, settings, strict=True)]  # fmt: skip
+    if task == "attentive":
+        nesterov = probe.momentum > 0
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=probe.momentum, nesterov=nesterov,
+                                    weight_decay=probe.weight_decay)  # fmt: skip
+    else:
+        optimizer = LARS(groups, 0.0, probe.momentum, probe.weight_decay, probe.trust_coefficient)
+    return heads, settings, optimizer
+
+
+class CachedStream:
+    """A rank's endless stream of batches from its extracted features; the order is a pure function of (seed, pass)."""
+
+    def __init__(self, features, labels, size, seed, rank, place=None):
+        self.features, self.labels, self.size, self.seed, self.rank = features, labels, size, seed, rank
+        self.taken = place["taken"] if place else 0
+        self.epoch, self.order = None, None
+        self.skipped_names, self.place = [], {"skipped": 0}  # extraction has said so
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def __next__(self):
+        rows, size = [], self.size
+        while size:
+            epoch, start = divmod(self.taken, len(self.labels))
+            if epoch != self.epoch:
+                self.epoch, self.order = epoch, torch.tensor(permutation(len(self.labels), self.seed, epoch, self.rank))
+            part = self.order[start : start + size]
+            rows.append(part)
+            size, self.taken = size - len(part), self.taken + len(part)
+        rows = torch.cat(rows).to(self.features.device)
+        return {"features": self.features[rows], "labels": self.labels[rows]}
+
+
+@torch.no_grad()
+def join_statistics(accelerator, heads):
+    """The running statistics of every BatchNorm become the mean over all ranks, which saw different images."""
+    for name, buffer in heads.named_buffers():
+        if buffer.is_floating_point() and accelerator.num_processes > 1:
+            assert "running" in name
+            buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))
+
+
+@torch.no_grad()
+def evaluate(accelerator, heads, batches):
+    """Accuracy of all heads on (features, labels) pairs of this rank: (heads, 2), top-1 and top-5 in percent, and the
+    number of images. Every image counts once; ranks may have different numbers of batches, or none."""
+    heads.eval()
+    total = torch.zeros(len(heads), 2, dtype=torch.int64, device=accelerator.device)
+    images = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    for features, labels in batches:
+        with accelerator.autocast():
+            total += hits(heads(features), labels)
+        images += len(labels)
+    heads.train()
+    total, images = accelerator.reduce(total, "sum"), accelerator.reduce(images, "sum").item()
+    return (100 * total.double() / max(images, 1)).tolist(), images
+
+
+def train_heads(probe, train_source, val_source, checkpoint):
+    """Train the heads of a linear or attentive probe: (settings, evaluations, more results), or None if this run is
+    complete already. Raises UserError and RunError."""
+    args, accelerator, device = probe.args, probe.accelerator, probe.device
+    data, run, head_args, run_dir = args.data, args.run, args.probe, Path(args.run.run_dir)
+    num_classes, effective = len(train_source.classes), data.effective_batch_size
+    forwards = effective // (data.batch_size * probe.world)
+    require(run.steps is not None or train_source.num_images is not None,
+            f"the number of images in {train_source.name} is unknown: pass --num-images, or --steps")  # fmt: skip
+    steps_per_pass = train_source.num_images / effective if train_source.num_images else None
+    total = run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
+    require(head_args.warmup_epochs is None or steps_per_pass, "--warmup-epochs needs --num-images here")
+    warmup = total // 9 if head_args.warmup_epochs is None else round(head_args.warmup_epochs * steps_per_pass)
+
+    heads, settings, optimizer = make_heads(args, probe.encoder, num_classes)
+    with warnings.catch_warnings():  # as in train.py
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        heads, optimizer = accelerator.prepare(heads, optimizer)
+    bare = accelerator.unwrap_model(heads)
+    start, place, evaluations = 0, None, []
+    if checkpoint:
+        trainer, place = load_checkpoint(accelerator, checkpoint)
+        start, evaluations = trainer["step"], trainer["evaluations"]
+    if accelerator.is_main_process:
+        per_image = "features cached" if head_args.cache_features else "random crops and flips"
+        print(f"{task_of(args)}: {len(settings)} head{'s' * (len(settings) > 1)}, {args.encoder.image_size} pixels, "
+              f"{num_classes} classes, {per_image}; {probe.world} process{'es' * (probe.world > 1)} x "
+              f"{data.batch_size} images x {forwards} = {effective} a step; {total} steps; {run_dir}",
+              flush=True)  # fmt: skip
+        if start:
+            print(f"continuing from {checkpoint}" if start < total else f"{run_dir} is complete: {start} steps")
+
+    if start >= total and (run_dir / "result.json").exists():
+        return None
+
+    # What is extracted once: the images to evaluate on, unless their tokens are too many; the images to learn from, if
+    # asked to; pooled features of both for kNN.
+    attends, cached = isinstance(args, Attentive), head_args.cache_features
+    look = (lambda x: x[:, 1:]) if attends and head_args.tokens == "patches" else (lambda x: x)
+    keep = (lambda x: x) if attends else pooled
+    more, val_features, stream = {}, None, None
+    if cached or head_args.knn or not attends:
+        select = keep if cached else pooled
+        squeeze = pooled if attends and cached else (lambda x: x)
+        val_features = probe.extract(val_source, select, "features to evaluate on")
+        if cached or head_args.knn:
+            bank = probe.extract(train_source, select, "features to learn from")
+        if head_args.knn:
+            pairs = [(squeeze(x), y) for x, y in (bank, val_features)]
+            more["knn"] = knn_rows(probe, *pairs, num_classes)
+        if cached:
+            stream = CachedStream(look(bank[0]), bank[1], data.batch_size, run.seed, probe.rank, place)
+            val_features = look(val_features[0]), val_features[1]
+        elif attends:
+            val_features = None
+        bank = None
+    if stream is None:
+        view = Augment(args.encoder.image_size, head_args.crop_scale, head_args.flip)
+        stream = Stream(train_source, view, data, run.seed, probe.rank, probe.world, place)
+
+    def to_evaluate():
+        if val_features is not None:
+            return zip(*(x.split(data.batch_size) for x in val_features), strict=True)
+        return probe.batches(val_source, lambda x: look(keep(x)), "evaluating")
+
+    if run.tracker != "none":
+        accelerator.init_trackers("cae-probe", config={k: str(v) for k, v in flat(args).items()})
+    log = Log(accelerator, run_dir, start, total)
+    heads.train()
+    sums, steps, waited, since = 0.0, 0, 0.0, time.perf_counter()
+    for step in range(start, total):
+        factor = learning_rate(step, total, warmup, 1.0, 0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        features, labels = [], []
+        for _ in range(forwards):
+            asked = time.perf_counter()
+            batch = next(stream)
+            waited += time.perf_counter() - asked
+            features.append(batch["features"] if cached else look(probe.features(batch["images"], keep)))
+            labels.append(to_device(batch["labels"], device))
+        logits = heads(torch.cat(features))                                              # (heads, B, C)
+        target = torch.cat(labels).expand(len(settings), -1)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(dim=1)
+        accelerator.backward(loss.sum())  # no head's loss depends on another's weights
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        sums, steps, done = sums + loss.detach(), steps + 1, step + 1
+        log.bar.update()
+
+        passed = (steps_per_pass or math.inf) * head_args.eval_every
+        evaluates = done == total or int(done / passed + 1e-9) > int(step / passed + 1e-9)
+        writes = done % run.checkpoint_every == 0 or done == total
+        found = {}
+        if evaluates:
+            pause = time.perf_counter()
+            join_statistics(accelerator, bare)
+            accuracy, images = evaluate(accelerator, bare, to_evaluate())
+            require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
+            evaluations.append({"step": done, "epoch": round(done / steps_per_pass, 4) if steps_per_pass else None,
+                                "images": images, "accuracy": accuracy})  # fmt: skip
+            found = {"top1": accuracy[0][0], "top5": accuracy[0][1], "top1_heads": [top1 for top1, _ in accuracy]}
+            since += time.perf_counter() - pause
+        if done % run.log_every == 0 or evaluates or writes:
+            losses = accelerator.reduce(sums / steps, "mean").tolist()
+            if not any(map(math.isfinite, losses)):
+                raise RunError(f"the loss of every head is not finite at step {done}: try a smaller --lr")
+            names = gather_object(stream.skipped_names)
+            stream.skipped_names = []
+            seconds = time.perf_counter() - since
+            log.write({
+                "step": done,
+                "epoch": round(done / steps_per_pass, 4) if steps_per_pass else None,
+                "loss": losses[0],
+                "loss_heads": losses,
+                **found,
+                "lr": optimizer.param_groups[0]["lr"],
+                "images": done * effective,
+                "images_per_second": round(steps * effective / seconds, 1),
+                "data_wait": round(waited / seconds, 4),
+                **({"skipped_files": names} if names else {}),
+            }, shown=done % run.log_every == 0 or done == total)  # fmt: skip
+            sums, steps, waited, since = 0.0, 0, 0.0, time.perf_counter()
+        if writes:
+            save_checkpoint(accelerator, run_dir, done, stream, run.keep, evaluations=evaluations)
+            since = time.perf_counter()
+    log.bar.close()
+    return settings, evaluations, more
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Results.
+
+# ImageNet-1K top-1 of published models, to print beside ours: kind and width of the encoder, then what was reported.
+# CAE, MAE, CAE v2, MVP, BEiT v2: the papers' tables; kNN and ep: the efficient probe's benchmark.
+REFERENCE = [
+    ("MAE-B, 1600 epochs", "mae", 768, {"knn": 35.6, "linear": 67.8, "attentive": 74.2, "ep": 75.5}),
+    ("MAE-L, 1600 epochs", "mae", 1024, {"linear": 76.0, "attentive": 78.8}),
+    ("CAE-B, 300 epochs", "cae", 768, {"linear": 64.5, "attentive": 74.0}),
+    ("CAE-B, 800 epochs", "cae", 768, {"linear": 68.9, "attentive": 75.9}),
+    ("CAE-B, 1600 epochs", "cae", 768, {"linear": 70.3, "attentive": 77.2}),
+    ("CAE-L, 1600 epochs", "cae", 1024, {"linear": 77.8, "attentive": 81.2}),
+    ("CAE v2-B, 300 epochs", "cae-v2", 768, {"linear": 80.5}),
+    ("CAE v2-L, 300 epochs", "cae-v2", 1024, {"linear": 81.7}),
+    ("MVP-B, 300 epochs", "mvp", 768, {"linear": 75.4}),
+    ("BEiT v2-B, 300 epochs", "beit", 768, {"knn": 70.1, "linear": 79.0, "ep": 81.4}),
+    ("CLIP-B/16", "clip", 768, {"knn": 65.7, "linear": 77.9, "ep": 77.9}),
+]
+
+
+def references(task, encoder):
+    """Rows of REFERENCE to show: the same model's; for the efficient probe its benchmark's models of this width too."""
+    return [
+        {"model": name, **numbers}
+        for name, kind, dim, numbers in REFERENCE
+        if dim == encoder.dim and (kind == encoder.kind or (task == "ep" and "ep" in numbers))
+    ]
+
+
+def summary(args, settings, evaluations):
+    """The trained heads' part of result.json: the recipe's own setting by itself, every head, and the best of them."""
+    last = evaluations[-1]
+    heads = []
+    for i, setting in enumerate(settings):
+        best = max(evaluations, key=lambda e: e["accuracy"][i][0])  # the first of equals
+        heads.append({
+            **setting,
+            "top1": round(last["accuracy"][i][0], 3),
+            "top5": round(last["accuracy"][i][1], 3),
+            "best_top1": round(best["accuracy"][i][0], 3),
+            "best_epoch": best["epoch"],
+        })  # fmt: skip
+    own, best = heads[0], max(heads, key=lambda head: head["top1"])
+    augmentation = f"random crop {args.probe.crop_scale[0]} to {args.probe.crop_scale[1]}, flip {args.probe.flip}"
+    return {
+        "top1": own["top1"],
+        "top5": own["top5"],
+        "best_epoch_top1": own["best_top1"],
+        "best_epoch": own["best_epoch"],
+        "setting": settings[0],
+        "best_of": len(heads),
+        "best": best,
+        "heads": heads,
+        "augmentation": "none: features cached" if args.probe.cache_features else augmentation,
+        "epochs": last["epoch"],
+        "steps": last["step"],
+        "batch": args.data.effective_batch_size,
+        "images": last["images"],
+    }
+
+
+def headline(rows, pool="class"):
+    """The first row of kNN results with this pooling: its first k and temperature are the headline."""
+    return next(row for row in rows if row["pool"] == pool)
+
+
+def table(result, beside):
+    """The lines of the table at the end. `beside` are other results of any task."""
+    def cell(value):
+        return f"{value:.1f}" if isinstance(value, (int, float)) else "-"
+
+    lines = []
+    if "heads" in result:
+        lines += ["", f"{'head, after the last epoch':34}{'top-1':>8}{'top-5':>8}{'best':>8}{'at epoch':>10}"]
+        for i, head in enumerate(result["heads"]):
+            pool = {"class": "class token, ", "mean": "mean of patches, ", "both": "both, "}.get(head.get("pool"), "")
+            name = f"{pool}lr {head['lr']:g}{' (recipe)' if i == 0 else ''}"
+            lines.append(f"{name:34}{head['top1']:8.1f}{head['top5']:8.1f}{head['best_top1']:8.1f}"
+                         f"{cell(head['best_epoch']):>10}")  # fmt: skip
+        if result["best_of"] > 1:
+            best = result["best"]
+            lines.append(f"{'best of ' + str(result['best_of']) + ', chosen on these images':34}{best['top1']:8.1f}")
+    if "knn" in result:
+        t = result["knn"][0]["temperature"]
+        lines += ["", f"{f'kNN, temperature {t:g}':34}{'class':>8}{'mean':>8}"]
+        for row in result["knn"]:
+            if row["pool"] == "class" and row["temperature"] == t:
+                mean = next(r for r in result["knn"] if (r["pool"], r["k"], r["temperature"]) == ("mean", row["k"], t))
+                lines.append(f"{'k = ' + str(row['k']):34}{row['top1']:8.1f}{mean['top1']:8.1f}")
+    columns = ["knn", "linear", "attentive", "ep"]
+    named = {"knn": "kNN", "linear": "linear", "attentive": "attentive", "ep": "EP"}
+    rows = [(other["encoder"], figures(other)) for other in [*beside, result]]
+    rows += [(r["model"] + (" (ImageNet-1K)" if result["classes"] == 1000 else " (on ImageNet-1K)"), r)
+             for r in result["reference"]]  # fmt: skip
+    shown = [c for c in columns if any(c in numbers for _, numbers in rows)]
+    width = max(34, *(len(name) + 2 for name, _ in rows))
+    lines += ["", f"{'top-1':{width}}" + "".join(f"{named[c]:>10}" for c in shown)]
+    lines += [f"{name:{width}}" + "".join(f"{cell(numbers.get(c)):>10}" for c in shown) for name, numbers in rows]
+    return lines
+
+
+def figures(result):
+    """{task: top-1} that a result.json holds; kNN with the class token."""
+    found = {result["task"]: result["top1"]}
+    if "knn" in result:
+        found["knn"] = headline(result["knn"])["top1"]
+    return found
+
+
+def name_run(args):
+    """The default run folder. Raises UserError."""
+    choice = args.encoder
+    require((choice.checkpoint is None) != (choice.random_init is None), "give either --checkpoint or --random-init")
+    name = f"random-{choice.random_init}"
+    if choice.checkpoint:
+        name = re.sub(r"[^\w.-]+", "-", choice.checkpoint.removeprefix("runs/")).strip("-.")
+    default(args.run, "run_dir", f"runs/{task_of(args)}-{name}")
+
+
+def evaluate_encoder(args):
+    """One sub-command. Raises UserError and RunError."""
+    began, world = time.perf_counter(), int(os.environ.get("WORLD_SIZE", 1))
+    name_run(args)
+    trains = not isinstance(args, KNN)
+    accelerator, _ = make_accelerator(args.run, args.run.tracker if trains else "none")
+    with all_or_none(accelerator):
+        encoder = load_encoder(args.encoder, args.run.seed)
+        args = resolve(args, encoder, world)
+        size = args.encoder.image_size
+        try:
+            tokens = encoder(torch.zeros(1, 3, size, size)).shape
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"the encoder cannot take --image-size {size}: {first_line(error)}") from error
+        wanted = (1, 1 + (size // encoder.patch_size) ** 2, encoder.dim)
+        require(tokens == wanted, f"the encoder's output at --image-size {size} is {tuple(tokens)}: {wanted}, a class "
+                                  "token and the patches, is needed")  # fmt: skip
+        train_source, val_source = open_labelled(args.data, args.labels, world if trains else 1)
+        values = {**json.loads(json.dumps(flat(args))), "task": task_of(args), "weights": encoder.digest()}
+        run_dir, checkpoint = Path(args.run.run_dir), None
+        if trains:
+            checkpoint = prepare_run_dir(args.run, values)
+        else:
+            make_run_dir(run_dir)
+    description = {name: getattr(encoder, name) for name in ("kind", "dim", "patch_size")}
+    if accelerator.is_main_process:
+        write_aside(run_dir / "config.json", json.dumps({"args": values, "model": description}, indent=2))
+
+    probe, num_classes, found = Probe(args, encoder, accelerator), len(train_source.classes), None
+    if trains:
+        trained = train_heads(probe, train_source, val_source, checkpoint)
+        if trained:
+            settings, evaluations, more = trained
+            found = {**summary(args, settings, evaluations), **more}
+    else:
+        bank = probe.extract(train_source, pooled, "features to learn from")
+        val = probe.extract(val_source, pooled, "features to evaluate on")
+        rows = knn_rows(probe, bank, val, num_classes)
+        images = sum(gather_object([len(val[1])]))
+        found = {"top1": rows[0]["top1"], "top5": rows[0]["top5"], "knn": rows, "images": images}
+    skipped = sum(gather_object([probe.skipped]))
+    if not accelerator.is_main_process:
+        return
+    if found is None:  # the run was complete before
+        result = json.loads((run_dir / "result.json").read_text())
+    else:
+        result = {
+            "task": task_of(args),
+            **found,
+            "encoder": args.encoder.checkpoint or f"random init {args.encoder.random_init}",
+            **description,
+            "weights": values["weights"],
+            "image_size": args.encoder.image_size,
+            "dataset": args.data.dataset,
+            "split": args.data.split,
+            "val_split": args.labels.val_split,
+            "classes": num_classes,
+            "skipped": skipped,
+            "seed": args.run.seed,
+            "reference": references(task_of(args), encoder),
+            "processes": world,
+            "seconds": round(time.perf_counter() - began, 1),
+            "command": shlex.join(["probe.py", *sys.argv[1:]]),
+        }
+        write_aside(run_dir / "result.json", json.dumps(result, indent=2))
+    beside = [json.loads((Path(folder) / "result.json").read_text()) for folder in args.encoder.beside]
+    print("\n".join(table(result, beside)) + f"\n\n{run_dir / 'result.json'}:")
+    print(json.dumps(result), flush=True)
+
+
+def main():
+    command_line(lambda: evaluate_encoder(parse(kind=Command, description=__doc__.partition("\n\n")[0])))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What holds for the arguments of every script."""
+
+import ast
+import dataclasses
+import inspect
+import re
+from itertools import pairwise
+
+
+def groups(command):
+    """{name: dataclass} of a script's argument groups."""
+    return {group.name: group.default_factory for group in dataclasses.fields(command)}
+
+
+def assert_used(commands, modules, elsewhere=()):
+    """A flag that nobody reads is a lie: each field is read somewhere outside the classes that define it."""
+    source = "".join(inspect.getsource(module) for module in modules)
+    kinds = {kind for command in commands for group in groups(command).values() for kind in group.__mro__[:-1]}
+    for kind in kinds:
+        source = source.replace(inspect.getsource(kind), "")
+    names = "args|data|model|target|recipe|run|choice|probe|head_args|labels|encoder"
+    for command in commands:
+        for group in groups(command).values():
+            for field in dataclasses.fields(group):
+                read = re.search(rf"\b({names})\.{field.name}\b", source)
+                assert read or field.name in elsewhere, field.name
+
+
+def assert_documented(command, help_text):
+    """Each field has a docstring of its own and a place in its group of --help, which says what None stands for."""
+    for name, group in groups(command).items():
+        assert f"{name} options" in help_text
+        documented = set()
+        for kind in group.__mro__[:-1]:
+            (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body)
+            pairs = pairwise(body)
+            documented |= {a.target.id for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
+        for field in dataclasses.fields(group):
+            assert f"--{field.name.replace('_', '-')}" in help_text
+            assert field.name in documented, field.name
+    assert "None" not in help_text, "what None stands for is said in words"

@@ -295,6 +295,7 @@ class Frozen(nn.Module):
         self.model, self.kind = model.eval().requires_grad_(False), kind
         self.image_size, self.patch_size, self.dim, self.heads = image_size, patch_size, dim, heads
         self.mean, self.std = tuple(mean), tuple(std)
+        self.eval()
 
     def train(self, mode=True):
         return super().train(False)  # there is no other mode

@@ -3,16 +3,18 @@
 import copy
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from arguments import assert_documented, assert_used
 from images import Numbers, noise_png, write_folder, write_parquet, write_tars
-from launch import ROOT, launch, succeeded
+from launch import ROOT, launch, log_of, succeeded
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -605,3 +607,156 @@ def test_mistakes_end_with_one_line_and_code_2(checkpoints, tmp_path, monkeypatc
     assert stop.value.code == 2
     assert message in error and len(error.strip().splitlines()) == 1, error
     assert not Path(tmp_path / "run").exists(), "nothing is left behind"
+
+
+# Runs. In this process where one is enough; test_scripts.py has the same in processes of their own.
+
+
+@pytest.fixture(scope="module")
+def clothes(tmp_path_factory):
+    """600 and 203 images of the demo, in uneven row groups."""
+    root = tmp_path_factory.mktemp("clothes")
+    for name, count in (("train", 600), ("test", 203)):
+        table = pq.read_table(ROOT / "demo" / "fashion_mnist" / f"{name}.parquet").slice(0, count)
+        pq.write_table(table, root / f"{name}.parquet", row_group_size=70)
+    return root
+
+
+@pytest.fixture
+def run(monkeypatch, capsys, clothes, tmp_path):
+    """probe.py in this process: run("linear", "--lr", 1) -> its result, as file and last line tell it; its output."""
+    def call(*flags, run_dir=tmp_path / "run"):
+        command = [*map(str, flags), "--dataset", str(clothes), "--workers", "0", "--run-dir", str(run_dir)]
+        monkeypatch.setattr(sys, "argv", ["probe.py", *command])
+        probe.main()
+        output = capsys.readouterr().out
+        result = json.loads((Path(run_dir) / "result.json").read_text())
+        assert json.loads(output.strip().splitlines()[-1]) == result
+        assert result["images"] == 203 and result["skipped"] == 0
+        return result, output
+    return call
+
+
+SMALL_BATCH = ("--random-init", "nano", "--effective-batch-size", 64, "--log-every", 1)
+
+
+def test_knn_run(run):
+    result, output = run("knn", "--random-init", "nano", "--k", 7, 3, "--temperature", 0.1)
+    assert result["task"] == "knn" and result["classes"] == 10
+    assert [(r["pool"], r["k"]) for r in result["knn"]] == [("class", 7), ("class", 3), ("mean", 7), ("mean", 3)]
+    assert result["top1"] == result["knn"][0]["top1"] > 30
+    assert f"{'k = 7':34}{result['top1']:8.1f}" in output
+    result, _ = run("knn", "--random-init", "nano")  # again in the same folder: computed anew
+    assert {r["k"] for r in result["knn"]} == {5, 10, 15, 20, 50, 100, 200}
+
+
+def test_more_neighbours_than_images_are_refused(run, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run("knn", "--random-init", "nano", "--k", 601)
+    assert stop.value.code == 2 and "--k 601 is more than the 600 images to learn from" in capsys.readouterr().err
+
+
+def test_linear_run_on_cached_features(run, tmp_path):
+    flags = ("linear", *SMALL_BATCH, "--cache-features", "--epochs", 20, "--eval-every", 10)
+    result, output = run(*flags, "--lr", 100, "--pool", "class", "both")
+    settings = [("class", 0.1), ("class", 100.0), ("both", 0.1), ("both", 100.0)]
+    assert [(head["pool"], head["lr"]) for head in result["heads"]] == settings
+    assert result["augmentation"] == "none: features cached" and "features cached" in output
+    assert result["best_of"] == 4 and result["best"]["top1"] == max(h["top1"] for h in result["heads"]) > 30
+    assert result["top1"] == result["heads"][0]["top1"] and "(recipe)" in output
+    assert {r["k"] for r in result["knn"]} == {5, 10, 15, 20, 50, 100, 200}
+    lines = log_of(tmp_path / "run")
+    assert len(lines) == math.ceil(20 * 600 / 64) and [line["epoch"] for line in lines if "top1" in line] == [
+        pytest.approx(epochs, abs=0.11) for epochs in (10, 20)]  # fmt: skip
+    assert lines[-1]["top1"] == pytest.approx(result["top1"], abs=1e-3)
+
+    # the recipe's head is the same without others beside it
+    alone, _ = run(*flags, run_dir=tmp_path / "alone")
+    assert alone["top1"] == result["top1"] and alone["best_of"] == 1
+    for a, b in zip(lines, log_of(tmp_path / "alone"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+
+    # a finished run is told again, not computed again; --beside shows it in another's table
+    again, told = run(*flags, run_dir=tmp_path / "alone")
+    assert again == alone and "is complete: 188 steps" in told
+    _, compared = run("knn", "--random-init", "nano", "--beside", tmp_path / "alone", run_dir=tmp_path / "knn")
+    assert sum(line.startswith("random init nano") for line in compared.splitlines()) == 2
+
+
+@pytest.mark.parametrize("flags", [
+    ("linear",),
+    ("attentive", "--tokens", "all", "--lr", 0.1),
+    ("attentive", "--kind", "ep", "--lr", 1, "--queries", 8),
+    ("attentive", "--kind", "ep", "--cache-features"),
+])  # fmt: skip
+def test_trained_probes(run, flags, tmp_path):
+    result, _ = run(*flags, *SMALL_BATCH, "--steps", 3)
+    assert result["task"] == ("ep" if "ep" in flags else flags[0])
+    assert len(result["heads"]) == 1 + ("--lr" in flags) and result["steps"] == 3
+    cached = "--cache-features" in flags
+    assert result["augmentation"].startswith("none" if cached else "random crop")
+    assert ("knn" in result) == ("ep" in flags)
+    assert 0 <= result["top1"] <= result["top5"] <= 100
+    assert {"best_epoch", "best_epoch_top1", "command", "seed", "epochs", "batch", "weights"} <= set(result)
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3]
+
+
+def test_not_one_bit_of_the_encoder_changes(checkpoints, clothes, tmp_path):
+    """Weights, buffers and mode, over the training and evaluation of every kind of head."""
+    commands = [["linear", "--cache-features"], ["linear"], ["attentive"], ["attentive", "--kind", "ep"]]
+    for command in commands:
+        flags = [*command, "--checkpoint", str(checkpoints[0] / "run"), "--dataset", str(clothes), "--steps", "2"]
+        flags += ["--effective-batch-size", "32", "--workers", "0", "--run-dir", str(tmp_path / "-".join(command))]
+        args = train.parse(flags, kind=probe.Command)
+        encoder = load_encoder(args.encoder)
+        args = probe.resolve(args, encoder)
+        Path(args.run.run_dir).mkdir()
+        before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
+        sources = open_labelled(args.data, args.labels)
+        probe.train_heads(probe.Probe(args, encoder, Accelerator(cpu=True)), *sources, None)
+        after = encoder.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert all(p.grad is None for p in encoder.parameters()) and not encoder.training
+
+
+@pytest.mark.parametrize("flags", [("linear", "--streaming"), ("attentive", "--kind", "ep", "--cache-features")])
+def test_resume_equals_uninterrupted(run, flags, tmp_path):
+    flags = (*flags, *SMALL_BATCH, "--lr", 1, "--steps", 8, "--checkpoint-every", 3, "--eval-every", 0.2)
+    whole, _ = run(*flags, run_dir=tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    for lost in ("checkpoints/step_00000008", "checkpoints/step_00000006"):
+        shutil.rmtree(tmp_path / "resumed" / lost)
+    (tmp_path / "resumed" / "result.json").unlink()
+    resumed, output = run(*flags, run_dir=tmp_path / "resumed")
+    assert "continuing from" in output
+    for name in ("top1", "top5", "heads", "best", "best_epoch"):
+        assert resumed[name] == whole[name]
+    for a, b in zip(log_of(tmp_path / "resumed"), log_of(tmp_path / "whole"), strict=True):
+        for name in ("step", "epoch", "loss", "loss_heads", "lr", *(["top1", "top1_heads"] if "top1" in a else [])):
+            assert a[name] == b[name]
+    ours, theirs = (load_file(tmp_path / name / "checkpoints" / "step_00000008" / "model.safetensors")
+                    for name in ("resumed", "whole"))  # fmt: skip
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_folder_knows_its_encoder_by_the_weights(run, capsys, tmp_path):
+    flags = ("linear", *SMALL_BATCH, "--steps", 1, "--cache-features")
+    run(*flags)
+    shutil.move(tmp_path / "run", tmp_path / "kept")
+    assert "is complete" in run(*flags, run_dir=tmp_path / "kept")[1]
+    with pytest.raises(SystemExit):
+        run(*flags, "--seed", 1, run_dir=tmp_path / "kept")
+    error = capsys.readouterr().err
+    assert "another configuration" in error and "weights" in error
+
+
+def test_skipped_images_are_in_the_result(monkeypatch, capsys, tmp_path):
+    for split, count in (("train", 200), ("test", 110)):
+        write_folder(tmp_path / "data" / split, count)
+    (tmp_path / "data" / "test" / "even" / "000000.png").write_bytes(b"<html>gone</html>")
+    monkeypatch.setattr(sys, "argv", ["probe.py", "knn", "--random-init", "nano", "--dataset", str(tmp_path / "data"),
+                                      "--workers", "0", "--run-dir", str(tmp_path / "run")])  # fmt: skip
+    probe.main()
+    captured = capsys.readouterr()
+    result = json.loads(captured.out.strip().splitlines()[-1])
+    assert (result["images"], result["skipped"]) == (109, 1) and "000000.png" in captured.err

@@ -68,6 +68,7 @@ from train import (  # first: it sets the environment for torch
 )
 
 # isort: split
+import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -91,6 +92,11 @@ Channels = Annotated[
 ]
 
 
+Floats = Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")]
+Ints = Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")]
+Strs = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
+
+
 @dataclass
 class EncoderArgs:
     """The encoder, and what it sees."""
@@ -107,15 +113,15 @@ class EncoderArgs:
     """Mean of the encoder's input. Default: ImageNet's, or what preprocessor_config.json says; CLIP's own for CLIP."""
     pixel_std: Channels = None
     """Standard deviation likewise."""
-    beside: tuple[str, ...] = ()
-    """Run folders of other results of the same task, to show as rows of the table."""
+    beside: Strs = ()
+    """Run folders of other results, to show as rows of the table at the end."""
 
 
 @dataclass
 class KNNArgs:
     """Weighted k nearest neighbours."""
 
-    k: tuple[int, ...] = ()
+    k: Ints = ()
     """Numbers of neighbours; the first is the headline. Default: 20 5 10 15 50 100 200, as far as there are images."""
     temperature: tuple[float, ...] = (0.07, 0.1, 0.2)
     """A neighbour's vote is exp(cosine / temperature). The first is the headline."""
@@ -125,8 +131,9 @@ class KNNArgs:
 class HeadArgs:
     """Training of the heads."""
 
-    lr: tuple[float, ...] = ()
-    """Base learning rates per 256 images; each trains a head of its own beside the recipe's. Default: the recipe's."""
+    lr: Floats = ()
+    """Base learning rates per 256 images. Each trains a head of its own beside the recipe's: linear and ep 0.1 (demo:
+    10 and 3), attentive 0.0125, which is the paper's 0.4 at 8192."""
     warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: a ninth of the run, 10 of 90 epochs."""
     momentum: float = 0.9
@@ -174,8 +181,8 @@ class ProbeData(DataArgs):
     batch_size: AutoInt = None
     """Images per process and forward pass. Default: 512, or the effective batch size's share if that is less."""
     effective_batch_size: AutoInt = None
-    """Images per step of the heads over all processes: features of several forward passes are joined. Default: linear
-    16384, attentive 8192, ep 4096 (demo: 256)."""
+    """Images per step over all processes: features of several forward passes are joined. Default: linear 16384,
+    attentive 8192, ep 4096 (demo: 256)."""
 
 
 @dataclass
@@ -451,26 +458,29 @@ class Probe:
 
     def extract(self, source, select, what):
         """Features (n, t, D) and labels (n) of this rank's part of a pass. Raises UserError."""
-        parts, needed = [], None
+        features, filled = torch.zeros(0, 1, self.encoder.dim, device=self.device), 0
+        labels = torch.zeros(0, dtype=torch.int64, device=self.device)
         for x, y in self.batches(source, select, what):
-            if needed is None and source.num_images:
-                needed, free = source.num_images / self.world * x[0].numel() * 4, free_memory(self.device)
-                if needed > 0.8 * free:
-                    raise UserError(f"the features of {source.num_images} images take {needed / 2**30:.0f} GiB in each "
-                                    f"process, {free / 2**30:.0f} are free: drop --cache-features, or use more "
-                                    "processes")  # fmt: skip
-            parts.append((x, y))
-        empty = torch.zeros(0, 1, self.encoder.dim, device=self.device), torch.zeros(0, dtype=torch.int64)
-        xs, ys = zip(*parts or [empty], strict=True)
-        del parts
-        return torch.cat(xs), torch.cat(ys).to(self.device)
+            if not filled:
+                room = math.ceil(source.num_images / self.world) if source.num_images else 2**16
+                needed, free = room * x[0].numel() * 4 / 2**30, free_memory(self.device) / 2**30
+                if needed > 0.9 * free:
+                    raise UserError(
+                        f"the features of {room} images take {needed:.1f} GiB in each process, {free:.1f} are free: "
+                        "use more processes, or no --cache-features"
+                    )
+                features, labels = x.new_empty(room, *x.shape[1:]), y.new_empty(room)
+            while filled + len(x) > len(features):  # a stream's parts are not equal
+                features = torch.cat([features, torch.empty_like(features[: len(features) // 4 + 1])])
+                labels = torch.cat([labels, torch.empty_like(labels[: len(labels) // 4 + 1])])
+            features[filled : filled + len(x)], labels[filled : filled + len(y)] = x, y
+            filled += len(x)
+        return features[:filled], labels[:filled]
 
 
 def free_memory(device):
     """Bytes."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def watch(chunks, total, what, shown):
@@ -517,13 +527,14 @@ BLOCK = 2**16  # rows of the bank that are compared at once
 def nearest(queries, bank, labels, k):
     """The k most similar rows of the bank: cosines (Q, k) and labels (Q, k), nearest first.
 
-    queries (Q, D) and bank (n, D) of length 1, labels (n). The bank is read in blocks, so that memory does not grow
-    with it. Where n < k, cosines of -inf fill up.
+    queries (Q, D), bank (n, D), labels (n). The bank is read in blocks, so that nothing else grows with it. Where
+    n < k, cosines of -inf fill up.
     """
+    queries = F.normalize(queries, dim=-1)
     best = queries.new_full((len(queries), k), -math.inf)
     best_labels = labels.new_zeros(len(queries), k)
     for rows, row_labels in zip(bank.split(BLOCK), labels.split(BLOCK), strict=True):
-        cosines = torch.cat([best, queries @ rows.T], dim=1)                             # (Q, k + block)
+        cosines = torch.cat([best, queries @ F.normalize(rows, dim=-1).T], dim=1)        # (Q, k + block)
         best, index = cosines.topk(k, dim=1)
         candidates = torch.cat([best_labels, row_labels.expand(len(queries), -1)], dim=1)
         best_labels = candidates.gather(1, index)                                        # (Q, k)
@@ -554,10 +565,9 @@ def knn(accelerator, bank, labels, queries, query_labels, num_classes, ks, tempe
     everyone, everyones_labels = gather_rows(accelerator, queries), gather_rows(accelerator, query_labels)
     k_max, rows = max(ks), []
     for p, pool in enumerate(("class", "mean")):
-        unit = F.normalize(bank[:, p], dim=-1)                                           # (n, D)
         right = {(k, t): 0 for k in ks for t in temperatures}
         for q, y in zip(everyone[:, p].split(1024), everyones_labels.split(1024), strict=True):
-            near = nearest(F.normalize(q, dim=-1), unit, labels, k_max)                  # (Q, k) twice
+            near = nearest(q, bank[:, p], labels, k_max)                                 # (Q, k) twice
             # gather joins along the first dimension: of (1, Q, k) it makes (world, Q, k)
             cosines, classes = (rearrange(accelerator.gather(x[None]), "w q k -> q (w k)") for x in near)
             cosines, index = cosines.topk(k_max, dim=1)

@@ -118,7 +118,7 @@ class DataArgs(ImagesArgs):
 
 @dataclass
 class LabelArgs:
-    """What a data set with labels adds, for probe.py and finetune.py."""
+    """The split to evaluate on, and the classes."""
 
     val_split: AutoStr = None
     """Split to evaluate on. Default: the first that exists of validation, val, valid and test."""

@@ -46,8 +46,10 @@ from train import (  # first: it sets the environment for torch
     all_or_none,
     command_line,
     default,
+    evaluate,
     first_line,
     flat,
+    hits,
     learning_rate,
     load_checkpoint,
     load_pretrained,
@@ -64,6 +66,7 @@ from train import (  # first: it sets the environment for torch
     resolve_run,
     save_checkpoint,
     to_device,
+    watch,
     write_aside,
 )
 
@@ -483,31 +486,6 @@ def free_memory(device):
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
-def watch(chunks, total, what, shown):
-    """Pass chunks on, with a bar of images, images/s, the share of time waiting for data and the time left; outside a
-    terminal a line every ten seconds."""
-    bar = tqdm(total=total, desc=what, unit="image", disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True)
-    began, waited, done, last = time.perf_counter(), 0.0, 0, time.perf_counter()
-    chunks = iter(chunks)
-    while True:
-        asked = time.perf_counter()
-        chunk = next(chunks, None)
-        now = time.perf_counter()
-        waited += now - asked
-        if chunk is None:
-            break
-        yield chunk
-        done += len(chunk["ids"])
-        bar.update(len(chunk["ids"]))
-        bar.set_postfix_str(f"waiting for data {waited / (now - began):.0%}", refresh=False)
-        if shown and bar.disable and now - last > 10:
-            last, rate = now, done / (now - began)
-            left = tqdm.format_interval((total - done) / rate) if total else "?"
-            print(f"{what}: {done}/{total or '?'} images  {rate:.0f} images/s  waiting for data "
-                  f"{waited / (now - began):.0%}  {left} left", flush=True)  # fmt: skip
-    bar.close()
-
-
 def gather_rows(accelerator, x):
     """Rows of all ranks, which may have different numbers of them: (n, ...) -> (sum of n, ...)."""
     counts = accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
@@ -545,13 +523,6 @@ def votes(cosines, labels, temperature, num_classes):
     """Scores of the classes: exp(cosine / temperature), summed over the neighbours (Q, k) of each class: (Q, C)."""
     weights = ((cosines - cosines[:, :1]) / temperature).exp()  # a common factor; overflows nowhere
     return weights.new_zeros(len(labels), num_classes).scatter_add_(1, labels, weights)
-
-
-def hits(scores, labels):
-    """How many of scores (..., B, C) have the label (B) first, and among the first five: (..., 2)."""
-    first = scores.topk(min(5, scores.shape[-1]), dim=-1).indices                        # (..., B, 5)
-    right = first == labels[:, None]
-    return torch.stack([right[..., :1].any(-1).sum(-1), right.any(-1).sum(-1)], dim=-1)
 
 
 @torch.no_grad()
@@ -778,22 +749,6 @@ def join_statistics(accelerator, heads):
             buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))
 
 
-@torch.no_grad()
-def evaluate(accelerator, heads, batches):
-    """Accuracy of all heads on (features, labels) pairs of this rank: (heads, 2), top-1 and top-5 in percent, and the
-    number of images. Every image counts once; ranks may have different numbers of batches, or none."""
-    heads.eval()
-    total = torch.zeros(len(heads), 2, dtype=torch.int64, device=accelerator.device)
-    images = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-    for features, labels in batches:
-        with accelerator.autocast():
-            total += hits(heads(features), labels)
-        images += len(labels)
-    heads.train()
-    total, images = accelerator.reduce(total, "sum"), accelerator.reduce(images, "sum").item()
-    return (100 * total.double() / max(images, 1)).tolist(), images
-
-
 def train_heads(probe, train_source, val_source, checkpoint):
     """Train the heads of a linear or attentive probe: (settings, evaluations, more results), or None if this run is
     complete already. Raises UserError and RunError."""
@@ -891,7 +846,9 @@ def train_heads(probe, train_source, val_source, checkpoint):
         if evaluates:
             pause = time.perf_counter()
             join_statistics(accelerator, bare)
-            accuracy, images = evaluate(accelerator, bare, to_evaluate())
+            heads.eval()
+            accuracy, images = evaluate(accelerator, bare, to_evaluate(), (len(settings),))
+            heads.train()
             require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
             evaluations.append({"step": done, "epoch": round(done / steps_per_pass, 4) if steps_per_pass else None,
                                 "images": images, "accuracy": accuracy})  # fmt: skip

@@ -1144,6 +1144,59 @@ def parameter_groups(model):
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# Evaluation, for probe.py and finetune.py.
+
+
+def hits(scores, labels):
+    """How many of scores (..., B, C) have the label (B) first, and among the first five: (..., 2)."""
+    first = scores.topk(min(5, scores.shape[-1]), dim=-1).indices                        # (..., B, 5)
+    right = first == labels[:, None]
+    return torch.stack([right[..., :1].any(-1).sum(-1), right.any(-1).sum(-1)], dim=-1)
+
+
+@torch.no_grad()
+def evaluate(accelerator, model, batches, shape=()):
+    """Top-1 and top-5 accuracy in percent, (*shape, 2) as lists, and the number of images.
+
+    batches: (inputs, labels (B)) of this rank's part of a pass; model(inputs) gives scores (*shape, B, C). Every image
+    counts once; ranks may have different numbers of batches, or none.
+    """
+    total = torch.zeros(*shape, 2, dtype=torch.int64, device=accelerator.device)
+    images = torch.zeros((), dtype=torch.int64, device=accelerator.device)
+    for inputs, labels in batches:
+        with accelerator.autocast():
+            total += hits(model(inputs), labels)
+        images += len(labels)
+    total, images = accelerator.reduce(total, "sum"), accelerator.reduce(images, "sum").item()
+    return (100 * total.double() / max(images, 1)).tolist(), images
+
+
+def watch(chunks, total, what, shown):
+    """Pass chunks on, with a bar of images, images/s, the share of time waiting for data and the time left; outside a
+    terminal a line every ten seconds."""
+    bar = tqdm(total=total, desc=what, unit="image", disable=not (shown and sys.stderr.isatty()), dynamic_ncols=True)
+    began, waited, done, last = time.perf_counter(), 0.0, 0, time.perf_counter()
+    chunks = iter(chunks)
+    while True:
+        asked = time.perf_counter()
+        chunk = next(chunks, None)
+        now = time.perf_counter()
+        waited += now - asked
+        if chunk is None:
+            break
+        yield chunk
+        done += len(chunk["ids"])
+        bar.update(len(chunk["ids"]))
+        bar.set_postfix_str(f"waiting for data {waited / (now - began):.0%}", refresh=False)
+        if shown and bar.disable and now - last > 10:
+            last, rate = now, done / (now - began)
+            left = tqdm.format_interval((total - done) / rate) if total else "?"
+            print(f"{what}: {done}/{total or '?'} images  {rate:.0f} images/s  waiting for data "
+                  f"{waited / (now - began):.0%}  {left} left", flush=True)  # fmt: skip
+    bar.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Run folder: config.json, log.jsonl, checkpoints/step_00000123/, model/. Nothing is ever seen half-written.
 
 

@@ -211,8 +211,8 @@ def test_votes_do_not_overflow_at_low_temperatures():
 
 def test_hits():
     scores = torch.tensor([[[0.1, 0.5, 0.2, 0.3, 0.4, 0.6, 0.7]] * 3, [[0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]] * 3])
-    assert probe.hits(scores, torch.tensor([6, 0, 1])).tolist() == [[1, 2], [1, 2]]
-    assert probe.hits(torch.tensor([[0.2, 0.8]]), torch.tensor([0])).tolist() == [0, 1], "fewer than five classes"
+    assert train.hits(scores, torch.tensor([6, 0, 1])).tolist() == [[1, 2], [1, 2]]
+    assert train.hits(torch.tensor([[0.2, 0.8]]), torch.tensor([0])).tolist() == [0, 1], "fewer than five classes"
 
 
 # Encoders.
@@ -372,7 +372,8 @@ torch.manual_seed(5)
 heads = probe.Heads(probe.LinearHead(pool, 96, 2) for pool in ("class", "both"))
 for head in heads:
     head.linear.weight.data *= 100
-accuracy, images = probe.evaluate(accelerator, heads, work.batches(source, probe.pooled, "evaluating"))
+batches = work.batches(source, probe.pooled, "evaluating")
+accuracy, images = train.evaluate(accelerator, heads.eval(), batches, (2,))
 bank = work.extract(source, probe.pooled, "features")
 near = probe.knn(accelerator, *bank, *bank, 2, (3, 10), (0.07,))
 if accelerator.is_main_process:

@@ -44,6 +44,7 @@ from train import (  # first: it sets the environment for torch
     Stream,
     UserError,
     all_or_none,
+    checkpoints,
     command_line,
     default,
     evaluate,
@@ -79,7 +80,13 @@ import tyro
 from accelerate.utils import gather_object
 from einops import rearrange
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 from safetensors import SafetensorError
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
@@ -254,8 +261,7 @@ def resolve(args, encoder, world=1):
     default(choice, "pixel_mean", encoder.mean)
     default(choice, "pixel_std", encoder.std)
     require(min(choice.pixel_std) > 0, f"--pixel-std is {choice.pixel_std}: it must be positive")
-    for folder in choice.beside:
-        require((Path(folder) / "result.json").is_file(), f"--beside {folder} holds no result.json")
+    read_results(choice.beside)
     require(args.labels.num_classes is None or args.labels.num_classes > 1, "--num-classes must be 2 or more")
     if isinstance(args, KNN):
         resolve_images(data)
@@ -265,6 +271,8 @@ def resolve(args, encoder, world=1):
         return args
     effective = 256 if data.dataset == "demo" else {"linear": 16384, "attentive": 8192, "ep": 4096}[task_of(args)]
     resolve_run(data, run, world, batch=512, effective=effective, epochs=90.0)
+    require(data.effective_batch_size // world > 1,
+            f"--effective-batch-size {data.effective_batch_size}: BatchNorm needs two images in every process")
     default(probe, "crop_scale", (0.4, 1.0) if small else (0.08, 1.0))
     low, high = probe.crop_scale
     require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
@@ -321,6 +329,8 @@ class Frozen(nn.Module):
             tower = getattr(self.model, "vision_model", self.model)
             return tower.post_layernorm(tower(x, **options).last_hidden_state)           # (B, 1 + N, D)
         x = self.model(x, **options).last_hidden_state                                   # (B, 1 + registers + N, D)
+        if self.kind == "beit" and self.model.config.use_mean_pooling:  # then BEiT's last norm is in its pooler
+            x = self.model.pooler.layernorm(x)
         rows, columns = patch_grid(pixels, self.patch_size)
         return torch.cat([x[:, :1], x[:, -rows * columns :]], dim=1)                     # (B, 1 + N, D)
 
@@ -364,7 +374,9 @@ def load_encoder(args, seed=0):
             return of_cae(CAE.from_pretrained(path if path.is_dir() else name))
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError, HFValidationError,
             OfflineModeIsEnabled) as error:  # fmt: skip
-        raise UserError(f"--checkpoint {name} cannot be loaded: {first_line(error)}") from error
+        known = path.exists() or "::" in name
+        problem = "cannot be loaded" if known else "is no file or folder here, and the Hub does not give it"
+        raise UserError(f"--checkpoint {name} {problem}: {first_line(error)}") from error
 
 
 def fetch(folder_or_id, file):
@@ -394,12 +406,16 @@ def of_transformers(name, config):
     try:
         folder = Path(name) if Path(name).is_dir() else name
         processor = json.loads(Path(fetch(folder, "preprocessor_config.json")).read_text())
-        mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
+    except LocalEntryNotFoundError:
+        raise  # not known whether there is one
     except (FileNotFoundError, EntryNotFoundError):
-        pass
+        processor = {}
+    mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
     config = model.config
     size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    return Frozen(model, kind, size, config.patch_size, config.hidden_size, config.num_attention_heads,
+    crop = processor.get("crop_size")
+    size = crop["height"] if isinstance(crop, dict) and "height" in crop else size  # DINOv2: 224 of its 518
+    return Frozen(model.float(), kind, size, config.patch_size, config.hidden_size, config.num_attention_heads,
                   mean, std)  # fmt: skip
 
 
@@ -437,33 +453,43 @@ class Probe:
         self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
         self.encoder.mean, self.encoder.std = args.encoder.pixel_mean, args.encoder.pixel_std
         self.view = CenterCrop(args.encoder.image_size, args.encoder.crop_ratio)
-        self.skipped = 0
+        self.skipped = {"train": 0, "val": 0}  # files of this rank's part that could not be used
         if args.run.compile:
             self.encoder.compile()
 
-    def features(self, images, select):
+    def keep(self, tokens):
+        """What features are made of: all tokens (B, 1 + N, D) for an attentive probe, pooled (B, 2, D) for others."""
+        return tokens if isinstance(self.args, Attentive) else pooled(tokens)
+
+    def look(self, kept):
+        """What the heads see of it: an attentive probe the patches alone, unless --tokens says otherwise."""
+        return kept[:, 1:] if isinstance(self.args, Attentive) and self.args.probe.tokens == "patches" else kept
+
+    def see(self, images, select):
         """uint8 images (B, 3, S, S) -> select(tokens), float32 on the device."""
         with self.accelerator.autocast():
             tokens = self.encoder(to_device(images, self.device).float() / 255)          # (B, 1 + N, D)
         return select(tokens.float())
 
-    def batches(self, source, select, what):
-        """(features, labels) of this rank's part of one pass without augmentation, with a bar."""
-        data = self.args.data
+    def batches(self, source, select, split):
+        """(features, labels) of this rank's part of one pass over "train" or "val" without augmentation, with a bar."""
+        data, what = self.args.data, {"train": "images to learn from", "val": "images to evaluate on"}[split]
         total = source.num_images and len(range(self.rank, source.num_images, self.world))
         chunks = one_pass(source, self.view, data.batch_size, data.workers, self.rank, self.world)
+        self.skipped[split] = 0
         for chunk in watch(chunks, total, what, self.accelerator.is_main_process):
-            self.skipped += len(chunk["skipped"])
+            self.skipped[split] += len(chunk["skipped"])
             for name in chunk["skipped"]:
                 tqdm.write(f"skipped {name}", file=sys.stderr)
             if len(chunk["ids"]):
-                yield self.features(chunk["images"], select), to_device(chunk["labels"], self.device)
+                yield self.see(chunk["images"], select), to_device(chunk["labels"], self.device)
 
-    def extract(self, source, select, what):
-        """Features (n, t, D) and labels (n) of this rank's part of a pass. Raises UserError."""
-        features, filled = torch.zeros(0, 1, self.encoder.dim, device=self.device), 0
-        labels = torch.zeros(0, dtype=torch.int64, device=self.device)
-        for x, y in self.batches(source, select, what):
+    def extract(self, source, select, split):
+        """Features (n, t, D) and labels (n) of this rank's part of a pass; n may be 0. Raises UserError."""
+        tokens = 1 + (self.args.encoder.image_size // self.encoder.patch_size) ** 2
+        features = select(torch.zeros(0, tokens, self.encoder.dim, device=self.device))
+        labels, filled = torch.zeros(0, dtype=torch.int64, device=self.device), 0
+        for x, y in self.batches(source, select, split):
             if not filled:
                 room = math.ceil(source.num_images / self.world) if source.num_images else 2**16
                 needed, free = room * x[0].numel() * 4 / 2**30, free_memory(self.device) / 2**30
@@ -482,8 +508,10 @@ class Probe:
 
 
 def free_memory(device):
-    """Bytes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes for this process."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def gather_rows(accelerator, x):
@@ -544,7 +572,7 @@ def knn(accelerator, bank, labels, queries, query_labels, num_classes, ks, tempe
             cosines, index = cosines.topk(k_max, dim=1)
             classes = classes.gather(1, index)                                           # (Q, k)
             for k, t in right:
-                right[k, t] = right[k, t] + hits(votes(cosines[:, :k], classes[:, :k], t, num_classes), y)
+                right[k, t] = right[k, t] + hits(votes(cosines[:, :k], classes[:, :k], t, num_classes), y, above=0)
         for (k, t), count in right.items():
             top1, top5 = (100 * count / len(everyone)).tolist()
             rows.append({"pool": pool, "k": k, "temperature": t, "top1": round(top1, 3), "top5": round(top5, 3)})
@@ -718,25 +746,29 @@ def make_heads(args, encoder, num_classes):
 class CachedStream:
     """A rank's endless stream of batches from its extracted features; the order is a pure function of (seed, pass)."""
 
-    def __init__(self, features, labels, size, seed, rank, place=None):
-        self.features, self.labels, self.size, self.seed, self.rank = features, labels, size, seed, rank
+    def __init__(self, features, labels, size, seed, probe, place=None):
+        self.features, self.labels, self.size, self.seed, self.rank = features, labels, size, seed, probe.rank
+        digest = hashlib.blake2b(labels.cpu().numpy(), digest_size=8).hexdigest()  # tells the images and their order
+        self.layout = {"processes": probe.world, "batch_size": size, "labels": digest}
+        if place and place["layout"] != self.layout:
+            raise UserError(f"the checkpoint divides the data otherwise ({place['layout']} -> {self.layout}): keep the "
+                            "old number of processes and --workers, or pass another --run-dir")  # fmt: skip
         self.taken = place["taken"] if place else 0
-        self.epoch, self.order = None, None
-        self.skipped_names, self.place = [], {"skipped": 0}  # extraction has said so
+        self.epoch, self.order, self.skipped_names = None, None, []
 
     def state_dict(self):
-        return {"taken": self.taken}
+        return {"taken": self.taken, "layout": self.layout}
 
     def __next__(self):
         rows, size = [], self.size
         while size:
-            epoch, start = divmod(self.taken, len(self.labels))
+            epoch, first = divmod(self.taken, len(self.labels))
             if epoch != self.epoch:
                 self.epoch, self.order = epoch, torch.tensor(permutation(len(self.labels), self.seed, epoch, self.rank))
-            part = self.order[start : start + size]
+            part = self.order[first : first + size]
             rows.append(part)
             size, self.taken = size - len(part), self.taken + len(part)
-        rows = torch.cat(rows).to(self.features.device)
+        rows = to_device(torch.cat(rows), self.features.device)
         return {"features": self.features[rows], "labels": self.labels[rows]}
 
 
@@ -749,70 +781,82 @@ def join_statistics(accelerator, heads):
             buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))
 
 
+def extract_once(probe, train_source, val_source, place, knn_of_before):
+    """What is extracted once for a linear or attentive probe: (stream, features to evaluate on, kNN rows), each None
+    where there is no need. The images to learn from are extracted if asked to, those to evaluate on unless all their
+    tokens are wanted, pooled features of both for kNN."""
+    args, asked = probe.args, probe.args.probe
+    needs_knn, cached = asked.knn and not knn_of_before, asked.cache_features
+    stream, val, rows = None, None, knn_of_before
+    if cached or needs_knn or isinstance(args, Linear):
+        select = probe.keep if cached else pooled
+        val = probe.extract(val_source, select, "val")
+        bank = probe.extract(train_source, select, "train") if cached or needs_knn else None
+        if needs_knn:
+            pool = pooled if select is not pooled and isinstance(args, Attentive) else (lambda x: x)
+            rows = knn_rows(probe, *((pool(x), y) for x, y in (bank, val)), len(train_source.classes))
+        if cached:
+            stream = CachedStream(probe.look(bank[0]), bank[1], args.data.batch_size, args.run.seed, probe, place)
+            val = probe.look(val[0]), val[1]
+        elif isinstance(args, Attentive):
+            val = None
+    return stream, val, rows
+
+
+def schedule(args, source):
+    """Steps of the run, of a pass (None if the number of images is unknown) and of the warm-up. Raises UserError."""
+    run, warmup_epochs = args.run, args.probe.warmup_epochs
+    require(source.num_images is not None or (run.steps is not None and warmup_epochs is None),
+            f"the number of images in {source.name} is unknown: pass --num-images, or --steps for epochs")
+    steps_per_pass = source.num_images / args.data.effective_batch_size if source.num_images else None
+    total = run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
+    warmup = total // 9 if warmup_epochs is None else round(warmup_epochs * steps_per_pass)
+    require(warmup < total, f"--warmup-epochs {warmup_epochs} is not shorter than the run")
+    return total, steps_per_pass, warmup
+
+
 def train_heads(probe, train_source, val_source, checkpoint):
-    """Train the heads of a linear or attentive probe: (settings, evaluations, more results), or None if this run is
+    """Train the heads of a linear or attentive probe: (settings, evaluations, kNN rows or None), or None if this run is
     complete already. Raises UserError and RunError."""
     args, accelerator, device = probe.args, probe.accelerator, probe.device
-    data, run, head_args, run_dir = args.data, args.run, args.probe, Path(args.run.run_dir)
+    data, run, asked, run_dir = args.data, args.run, args.probe, Path(args.run.run_dir)
     num_classes, effective = len(train_source.classes), data.effective_batch_size
     forwards = effective // (data.batch_size * probe.world)
-    require(run.steps is not None or train_source.num_images is not None,
-            f"the number of images in {train_source.name} is unknown: pass --num-images, or --steps")  # fmt: skip
-    steps_per_pass = train_source.num_images / effective if train_source.num_images else None
-    total = run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
-    require(head_args.warmup_epochs is None or steps_per_pass, "--warmup-epochs needs --num-images here")
-    warmup = total // 9 if head_args.warmup_epochs is None else round(head_args.warmup_epochs * steps_per_pass)
+    total, steps_per_pass, warmup = schedule(args, train_source)
 
     heads, settings, optimizer = make_heads(args, probe.encoder, num_classes)
     with warnings.catch_warnings():  # as in train.py
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         heads, optimizer = accelerator.prepare(heads, optimizer)
     bare = accelerator.unwrap_model(heads)
-    start, place, evaluations = 0, None, []
+    start, place, evaluations, rows = 0, None, [], None
     if checkpoint:
         trainer, place = load_checkpoint(accelerator, checkpoint)
-        start, evaluations = trainer["step"], trainer["evaluations"]
+        start, evaluations, rows = trainer["step"], trainer["evaluations"], trainer["knn"]
+    complete = start >= total and (run_dir / "result.json").exists()
     if accelerator.is_main_process:
-        per_image = "features cached" if head_args.cache_features else "random crops and flips"
+        per_image = "features cached" if asked.cache_features else "random crops and flips"
         print(f"{task_of(args)}: {len(settings)} head{'s' * (len(settings) > 1)}, {args.encoder.image_size} pixels, "
               f"{num_classes} classes, {per_image}; {probe.world} process{'es' * (probe.world > 1)} x "
               f"{data.batch_size} images x {forwards} = {effective} a step; {total} steps; {run_dir}",
               flush=True)  # fmt: skip
+        if steps_per_pass and steps_per_pass < 4:
+            print(f"a pass is only {steps_per_pass:.1f} steps: a smaller --effective-batch-size learns more from "
+                  f"{train_source.num_images} images", file=sys.stderr)  # fmt: skip
         if start:
-            print(f"continuing from {checkpoint}" if start < total else f"{run_dir} is complete: {start} steps")
-
-    if start >= total and (run_dir / "result.json").exists():
+            print(f"{run_dir} is complete: {start} steps" if complete else f"continuing from {checkpoint}")
+    if complete:
         return None
 
-    # What is extracted once: the images to evaluate on, unless their tokens are too many; the images to learn from, if
-    # asked to; pooled features of both for kNN.
-    attends, cached = isinstance(args, Attentive), head_args.cache_features
-    look = (lambda x: x[:, 1:]) if attends and head_args.tokens == "patches" else (lambda x: x)
-    keep = (lambda x: x) if attends else pooled
-    more, val_features, stream = {}, None, None
-    if cached or head_args.knn or not attends:
-        select = keep if cached else pooled
-        squeeze = pooled if attends and cached else (lambda x: x)
-        val_features = probe.extract(val_source, select, "features to evaluate on")
-        if cached or head_args.knn:
-            bank = probe.extract(train_source, select, "features to learn from")
-        if head_args.knn:
-            pairs = [(squeeze(x), y) for x, y in (bank, val_features)]
-            more["knn"] = knn_rows(probe, *pairs, num_classes)
-        if cached:
-            stream = CachedStream(look(bank[0]), bank[1], data.batch_size, run.seed, probe.rank, place)
-            val_features = look(val_features[0]), val_features[1]
-        elif attends:
-            val_features = None
-        bank = None
+    stream, val, rows = extract_once(probe, train_source, val_source, place, rows)
     if stream is None:
-        view = Augment(args.encoder.image_size, head_args.crop_scale, head_args.flip)
+        view = Augment(args.encoder.image_size, asked.crop_scale, asked.flip)
         stream = Stream(train_source, view, data, run.seed, probe.rank, probe.world, place)
 
     def to_evaluate():
-        if val_features is not None:
-            return zip(*(x.split(data.batch_size) for x in val_features), strict=True)
-        return probe.batches(val_source, lambda x: look(keep(x)), "evaluating")
+        if val is None:
+            return probe.batches(val_source, lambda tokens: probe.look(probe.keep(tokens)), "val")
+        return zip(*(x.split(data.batch_size) for x in val), strict=True) if len(val[1]) else []
 
     if run.tracker != "none":
         accelerator.init_trackers("cae-probe", config={k: str(v) for k, v in flat(args).items()})
@@ -825,13 +869,14 @@ def train_heads(probe, train_source, val_source, checkpoint):
             group["lr"] = group["peak"] * factor
         features, labels = [], []
         for _ in range(forwards):
-            asked = time.perf_counter()
+            begun = time.perf_counter()
             batch = next(stream)
-            waited += time.perf_counter() - asked
-            features.append(batch["features"] if cached else look(probe.features(batch["images"], keep)))
+            waited += time.perf_counter() - begun
+            fresh = batch["features"] if asked.cache_features else probe.look(probe.see(batch["images"], probe.keep))
+            features.append(fresh)
             labels.append(to_device(batch["labels"], device))
         logits = heads(torch.cat(features))                                              # (heads, B, C)
-        target = torch.cat(labels).expand(len(settings), -1)
+        target = torch.cat(labels).expand(len(settings), -1)                             # (heads, B)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(dim=1)
         accelerator.backward(loss.sum())  # no head's loss depends on another's weights
         optimizer.step()
@@ -839,75 +884,78 @@ def train_heads(probe, train_source, val_source, checkpoint):
         sums, steps, done = sums + loss.detach(), steps + 1, step + 1
         log.bar.update()
 
-        passed = (steps_per_pass or math.inf) * head_args.eval_every
+        passed = (steps_per_pass or math.inf) * asked.eval_every
         evaluates = done == total or int(done / passed + 1e-9) > int(step / passed + 1e-9)
         writes = done % run.checkpoint_every == 0 or done == total
-        found = {}
+        if not (done % run.log_every == 0 or evaluates or writes):
+            continue
+        # the only place where the host waits for the device
+        losses, seconds = accelerator.reduce(sums / steps, "mean").tolist(), time.perf_counter() - since
+        losses = [value if math.isfinite(value) else None for value in losses]
+        if not any(value is not None for value in losses):
+            raise RunError(f"the loss of every head is not finite at step {done}: try a smaller --lr")
+        epoch, found = round(done / steps_per_pass, 4) if steps_per_pass else None, {}
         if evaluates:
-            pause = time.perf_counter()
             join_statistics(accelerator, bare)
             heads.eval()
             accuracy, images = evaluate(accelerator, bare, to_evaluate(), (len(settings),))
             heads.train()
             require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
-            evaluations.append({"step": done, "epoch": round(done / steps_per_pass, 4) if steps_per_pass else None,
-                                "images": images, "accuracy": accuracy})  # fmt: skip
+            evaluations.append({"step": done, "epoch": epoch, "images": images, "loss": losses, "accuracy": accuracy})
             found = {"top1": accuracy[0][0], "top5": accuracy[0][1], "top1_heads": [top1 for top1, _ in accuracy]}
-            since += time.perf_counter() - pause
-        if done % run.log_every == 0 or evaluates or writes:
-            losses = accelerator.reduce(sums / steps, "mean").tolist()
-            if not any(map(math.isfinite, losses)):
-                raise RunError(f"the loss of every head is not finite at step {done}: try a smaller --lr")
-            names = gather_object(stream.skipped_names)
-            stream.skipped_names = []
-            seconds = time.perf_counter() - since
-            log.write({
-                "step": done,
-                "epoch": round(done / steps_per_pass, 4) if steps_per_pass else None,
-                "loss": losses[0],
-                "loss_heads": losses,
-                **found,
-                "lr": optimizer.param_groups[0]["lr"],
-                "images": done * effective,
-                "images_per_second": round(steps * effective / seconds, 1),
-                "data_wait": round(waited / seconds, 4),
-                **({"skipped_files": names} if names else {}),
-            }, shown=done % run.log_every == 0 or done == total)  # fmt: skip
-            sums, steps, waited, since = 0.0, 0, 0.0, time.perf_counter()
+        names = gather_object(stream.skipped_names)
+        stream.skipped_names = []
+        log.write({
+            "step": done,
+            "epoch": epoch,
+            "loss": losses[0],
+            "loss_heads": losses,
+            **found,
+            "lr": optimizer.param_groups[0]["lr"],
+            "images": done * effective,
+            "images_per_second": round(steps * effective / seconds, 1),
+            "data_wait": round(waited / seconds, 4),
+            **({"skipped_files": names} if names else {}),
+        }, shown=done % run.log_every == 0 or done == total)  # fmt: skip
         if writes:
-            save_checkpoint(accelerator, run_dir, done, stream, run.keep, evaluations=evaluations)
-            since = time.perf_counter()
+            save_checkpoint(accelerator, run_dir, done, stream, run.keep, evaluations=evaluations, knn=rows)
+        sums, steps, waited, since = 0.0, 0, 0.0, time.perf_counter()
     log.bar.close()
-    return settings, evaluations, more
+    if start >= total and not checkpoints(run_dir):  # a finished run, resumed by its path into a new folder
+        save_checkpoint(accelerator, run_dir, start, stream, run.keep, evaluations=evaluations, knn=rows)
+    if not asked.cache_features:
+        probe.skipped["train"] = stream.place["skipped"]
+    return settings, evaluations, rows
 
 
 # ----------------------------------------------------------------------------------------------------------------
 # Results.
 
-# ImageNet-1K top-1 of published models, to print beside ours: kind and width of the encoder, then what was reported.
-# CAE, MAE, CAE v2, MVP, BEiT v2: the papers' tables; kNN and ep: the efficient probe's benchmark.
+# ImageNet-1K top-1 of published models, to print beside ours: name, width and patch of the encoder, numbers. "EP bench"
+# is as the efficient probe's benchmark has it; the others are from the released README of CAE and later papers' tables.
 REFERENCE = [
-    ("MAE-B, 1600 epochs", "mae", 768, {"knn": 35.6, "linear": 67.8, "attentive": 74.2, "ep": 75.5}),
-    ("MAE-L, 1600 epochs", "mae", 1024, {"linear": 76.0, "attentive": 78.8}),
-    ("CAE-B, 300 epochs", "cae", 768, {"linear": 64.5, "attentive": 74.0}),
-    ("CAE-B, 800 epochs", "cae", 768, {"linear": 68.9, "attentive": 75.9}),
-    ("CAE-B, 1600 epochs", "cae", 768, {"linear": 70.3, "attentive": 77.2}),
-    ("CAE-L, 1600 epochs", "cae", 1024, {"linear": 77.8, "attentive": 81.2}),
-    ("CAE v2-B, 300 epochs", "cae-v2", 768, {"linear": 80.5}),
-    ("CAE v2-L, 300 epochs", "cae-v2", 1024, {"linear": 81.7}),
-    ("MVP-B, 300 epochs", "mvp", 768, {"linear": 75.4}),
-    ("BEiT v2-B, 300 epochs", "beit", 768, {"knn": 70.1, "linear": 79.0, "ep": 81.4}),
-    ("CLIP-B/16", "clip", 768, {"knn": 65.7, "linear": 77.9, "ep": 77.9}),
+    ("CAE-B, 300 epochs", 768, 16, {"linear": 64.5, "attentive": 74.0}),
+    ("CAE-B, 800 epochs", 768, 16, {"linear": 68.9, "attentive": 75.9}),
+    ("CAE-B, 1600 epochs", 768, 16, {"linear": 70.3, "attentive": 77.2}),
+    ("CAE-L, 1600 epochs", 1024, 16, {"linear": 77.8, "attentive": 81.2}),
+    ("CAE v2-B, 300 epochs", 768, 16, {"linear": 80.5}),
+    ("CAE v2-L, 300 epochs", 1024, 16, {"linear": 81.7}),
+    ("MAE-B, 1600 epochs", 768, 16, {"linear": 67.8, "attentive": 74.2}),
+    ("MAE-L, 1600 epochs", 1024, 16, {"linear": 76.0, "attentive": 78.8}),
+    ("MVP-B, 300 epochs", 768, 16, {"linear": 75.4}),
+    ("BEiT v2-B, 300 epochs", 768, 16, {"linear": 80.1}),
+    ("MAE-B, EP bench", 768, 16, {"knn": 35.6, "linear": 67.8, "ep": 75.5}),
+    ("BEiT v2-B, EP bench", 768, 16, {"knn": 70.1, "linear": 79.0, "ep": 81.4}),
+    ("CLIP-B/16, EP bench", 768, 16, {"knn": 65.7, "linear": 77.9, "ep": 77.9}),
 ]
 
 
 def references(task, encoder):
-    """Rows of REFERENCE to show: the same model's; for the efficient probe its benchmark's models of this width too."""
-    return [
-        {"model": name, **numbers}
-        for name, kind, dim, numbers in REFERENCE
-        if dim == encoder.dim and (kind == encoder.kind or (task == "ep" and "ep" in numbers))
-    ]
+    """Rows of REFERENCE: models of this width and patch with a number for the task, the same model first."""
+    start = {"cae": "CAE-", "cae-v2": "CAE v2-", "clip": "CLIP-"}.get(encoder.kind, "none")
+    rows = [{"model": name, **numbers} for name, dim, patch, numbers in REFERENCE
+            if (dim, patch) == (encoder.dim, encoder.patch_size) and task in numbers]  # fmt: skip
+    return sorted(rows, key=lambda row: not row["model"].startswith(start))
 
 
 def summary(args, settings, evaluations):
@@ -922,6 +970,7 @@ def summary(args, settings, evaluations):
             "top5": round(last["accuracy"][i][1], 3),
             "best_top1": round(best["accuracy"][i][0], 3),
             "best_epoch": best["epoch"],
+            "loss": last["loss"][i],  # None: it diverged
         })  # fmt: skip
     own, best = heads[0], max(heads, key=lambda head: head["top1"])
     augmentation = f"random crop {args.probe.crop_scale[0]} to {args.probe.crop_scale[1]}, flip {args.probe.flip}"
@@ -957,7 +1006,7 @@ def table(result, beside):
         lines += ["", f"{'head, after the last epoch':34}{'top-1':>8}{'top-5':>8}{'best':>8}{'at epoch':>10}"]
         for i, head in enumerate(result["heads"]):
             pool = {"class": "class token, ", "mean": "mean of patches, ", "both": "both, "}.get(head.get("pool"), "")
-            name = f"{pool}lr {head['lr']:g}{' (recipe)' if i == 0 else ''}"
+            name = f"{pool}lr {head['lr']:g}{' (recipe)' if i == 0 else ''}{' diverged' * (head['loss'] is None)}"
             lines.append(f"{name:34}{head['top1']:8.1f}{head['top5']:8.1f}{head['best_top1']:8.1f}"
                          f"{cell(head['best_epoch']):>10}")  # fmt: skip
         if result["best_of"] > 1:
@@ -982,6 +1031,18 @@ def table(result, beside):
     return lines
 
 
+def read_results(folders):
+    """The result.json of each folder. Raises UserError."""
+    results = []
+    for folder in folders:
+        try:
+            results.append(json.loads((Path(folder) / "result.json").read_text()))
+            figures(results[-1]), results[-1]["encoder"]
+        except (OSError, ValueError, KeyError, TypeError, StopIteration) as error:
+            raise UserError(f"--beside {folder} holds no result.json of a probe: {first_line(error)}") from error
+    return results
+
+
 def figures(result):
     """{task: top-1} that a result.json holds; kNN with the class token."""
     found = {result["task"]: result["top1"]}
@@ -992,12 +1053,12 @@ def figures(result):
 
 def name_run(args):
     """The default run folder. Raises UserError."""
-    choice = args.encoder
+    choice, data = args.encoder, Path(args.data.dataset).stem
     require((choice.checkpoint is None) != (choice.random_init is None), "give either --checkpoint or --random-init")
     name = f"random-{choice.random_init}"
     if choice.checkpoint:
         name = re.sub(r"[^\w.-]+", "-", choice.checkpoint.removeprefix("runs/")).strip("-.")
-    default(args.run, "run_dir", f"runs/{task_of(args)}-{name}")
+    default(args.run, "run_dir", f"runs/{task_of(args)}-{name}" + f"-{data}" * (data not in name))
 
 
 def evaluate_encoder(args):
@@ -1021,8 +1082,11 @@ def evaluate_encoder(args):
         values = {**json.loads(json.dumps(flat(args))), "task": task_of(args), "weights": encoder.digest()}
         run_dir, checkpoint = Path(args.run.run_dir), None
         if trains:
+            schedule(args, train_source)  # for its mistakes
             checkpoint = prepare_run_dir(args.run, values)
         else:
+            kept = [name for name in ("checkpoints", "log.jsonl", "model") if (run_dir / name).exists()]
+            require(not kept, f"run folder {run_dir} holds a run of another kind: pass another --run-dir")
             make_run_dir(run_dir)
     description = {name: getattr(encoder, name) for name in ("kind", "dim", "patch_size")}
     if accelerator.is_main_process:
@@ -1032,15 +1096,15 @@ def evaluate_encoder(args):
     if trains:
         trained = train_heads(probe, train_source, val_source, checkpoint)
         if trained:
-            settings, evaluations, more = trained
-            found = {**summary(args, settings, evaluations), **more}
+            settings, evaluations, rows = trained
+            found = {**summary(args, settings, evaluations), **({"knn": rows} if rows else {})}
     else:
-        bank = probe.extract(train_source, pooled, "features to learn from")
-        val = probe.extract(val_source, pooled, "features to evaluate on")
+        bank, val = probe.extract(train_source, pooled, "train"), probe.extract(val_source, pooled, "val")
         rows = knn_rows(probe, bank, val, num_classes)
         images = sum(gather_object([len(val[1])]))
         found = {"top1": rows[0]["top1"], "top5": rows[0]["top5"], "knn": rows, "images": images}
-    skipped = sum(gather_object([probe.skipped]))
+    skipped = gather_object([probe.skipped])
+    accelerator.end_training()
     if not accelerator.is_main_process:
         return
     if found is None:  # the run was complete before
@@ -1057,7 +1121,8 @@ def evaluate_encoder(args):
             "split": args.data.split,
             "val_split": args.labels.val_split,
             "classes": num_classes,
-            "skipped": skipped,
+            "skipped": sum(part["val"] for part in skipped),
+            "train_skipped": sum(part["train"] for part in skipped),
             "seed": args.run.seed,
             "reference": references(task_of(args), encoder),
             "processes": world,
@@ -1065,8 +1130,7 @@ def evaluate_encoder(args):
             "command": shlex.join(["probe.py", *sys.argv[1:]]),
         }
         write_aside(run_dir / "result.json", json.dumps(result, indent=2))
-    beside = [json.loads((Path(folder) / "result.json").read_text()) for folder in args.encoder.beside]
-    print("\n".join(table(result, beside)) + f"\n\n{run_dir / 'result.json'}:")
+    print("\n".join(table(result, read_results(args.encoder.beside))) + f"\n\n{run_dir / 'result.json'}:")
     print(json.dumps(result), flush=True)
 
 

@@ -706,7 +706,8 @@ def count_images(builder, split):
 
 
 def first_line(error):
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -843,8 +844,8 @@ class Stream:
     """
 
     def __init__(self, source, prepare, data, seed, rank=0, world=1, state=None):
-        self.size, self.limit = data.batch_size, 0.01
-        self.limit_from = min(1000, source.num_images or 1000)
+        self.size = data.batch_size
+        self.part = max(1, (source.num_images or 1000) // world)  # images of a rank's pass
         self.layout = {"streaming": source.streaming, "processes": world, "batch_size": self.size}
         if source.streaming:
             # A worker without a shard would idle, so there are never more workers than the poorest rank has shards.
@@ -905,7 +906,9 @@ class Stream:
         self.skipped_names += skipped
         place["read"] += len(chunk["ids"]) + len(skipped)
         place["skipped"] += len(skipped)
-        if place["skipped"] > self.limit * max(place["read"], self.limit_from):
+        # of small data whole passes count, since each meets the same bad files
+        read = math.ceil(place["read"] / self.part) * self.part if self.part < 1000 else max(place["read"], 1000)
+        if place["skipped"] > 0.01 * read:
             raise BadFilesError(
                 f"{place['skipped']} of the {place['read']} files that this process read could not be used, "
                 f"more than 1 %: repair or remove them; the last was {self.skipped_names[-1]}"
@@ -1147,10 +1150,11 @@ def parameter_groups(model):
 # Evaluation, for probe.py and finetune.py.
 
 
-def hits(scores, labels):
-    """How many of scores (..., B, C) have the label (B) first, and among the first five: (..., 2)."""
-    first = scores.topk(min(5, scores.shape[-1]), dim=-1).indices                        # (..., B, 5)
-    right = first == labels[:, None]
+def hits(scores, labels, above=-math.inf):
+    """How many of scores (..., B, C) have the label (B) first, and among the first five: (..., 2). Scores that are not
+    above a bound do not count."""
+    first = scores.topk(min(5, scores.shape[-1]), dim=-1)                                # (..., B, 5)
+    right = (first.indices == labels[:, None]) & (first.values > above)
     return torch.stack([right[..., :1].any(-1).sum(-1), right.any(-1).sum(-1)], dim=-1)
 
 
@@ -1357,7 +1361,8 @@ class Log:
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=values["step"])
-        line = (f"loss {values['loss']:.4f}  {values['images_per_second']:.0f} images/s  "
+        loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
+        line = (f"loss {loss}  {values['images_per_second']:.0f} images/s  "
                 f"waiting for data {values['data_wait']:.0%}")  # fmt: skip
         if "top1" in values:
             self.top1 = f"  top-1 {values['top1']:.1f}"
@@ -1379,7 +1384,8 @@ class Log:
 
 def to_device(tensor, device):
     """Copy to the device; to a GPU from pinned memory, so that the host does not wait."""
-    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
+    pin = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
 
 
 def make_accelerator(run, tracker="none"):

@@ -7,4 +7,4 @@ accelerate launch train.py --dataset demo
 python probe.py linear --dataset demo --cache-features --log-every 1000 --random-init nano
 python probe.py linear --dataset demo --cache-features --log-every 1000 --checkpoint demo/clip_teacher
 python probe.py linear --dataset demo --cache-features --log-every 1000 --checkpoint runs/cae-v2-nano-demo \
-    --beside runs/linear-random-nano runs/linear-demo-clip_teacher
+    --beside runs/linear-random-nano-demo runs/linear-demo-clip_teacher

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from hub import serve
-from images import write_folder, write_parquet, write_tars
+from images import noise_png, write_folder, write_parquet, write_tars
 from launch import launch, log_of, succeeded
 from safetensors.torch import load_file
 
@@ -278,6 +278,18 @@ def test_a_probe_resumes_in_two_processes(whole, tmp_path):
     assert all(resumed[name] == expected[name] for name in ("top1", "top5", "heads", "best", "knn"))
     for a, b in zip(log_of(tmp_path / "resumed"), log_of(tmp_path / "whole"), strict=True):
         assert (a["step"], a["loss_heads"]) == (b["step"], b["loss_heads"])
+
+
+@pytest.mark.parametrize("command", [("knn",), ("linear", "--cache-features", "--steps", "2"),
+                                     ("attentive", "--steps", "2")])  # fmt: skip
+def test_a_rank_may_have_nothing_to_evaluate(tmp_path, command):
+    """Streams with fewer shards than processes, and one single image: they count once all the same."""
+    write_parquet(tmp_path / "data", (40, 40), encode=noise_png)
+    write_parquet(tmp_path / "data", (1,), split="test", encode=noise_png)
+    flags = ["--dataset", tmp_path / "data", "--streaming", "--workers", "0", "--random-init", "nano"]
+    flags += ["--effective-batch-size", "16"] if command[0] != "knn" else []
+    process = succeeded(launch("probe.py", *command, *flags, "--run-dir", tmp_path / "run", processes=2))
+    assert json.loads(process.stdout.strip().splitlines()[-1])["images"] == 1
 
 
 def test_a_probe_tells_a_mistake_once(whole, tmp_path):

@@ -47,6 +47,7 @@ from train import (  # first: it sets the environment for torch
     checkpoints,
     command_line,
     default,
+    digest,
     evaluate,
     first_line,
     flat,
@@ -333,14 +334,6 @@ class Frozen(nn.Module):
             x = self.model.pooler.layernorm(x)
         rows, columns = patch_grid(pixels, self.patch_size)
         return torch.cat([x[:, :1], x[:, -rows * columns :]], dim=1)                     # (B, 1 + N, D)
-
-    def digest(self):
-        """A short name of the weights."""
-        hasher = hashlib.blake2b(digest_size=8)
-        for name, tensor in sorted(self.model.state_dict().items()):
-            hasher.update(f"{name} {tuple(tensor.shape)}".encode())
-            hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return hasher.hexdigest()
 
 
 # model_type of transformers -> our name. All have a class token first and the patches last, row by row.
@@ -1079,7 +1072,7 @@ def evaluate_encoder(args):
         require(tokens == wanted, f"the encoder's output at --image-size {size} is {tuple(tokens)}: {wanted}, a class "
                                   "token and the patches, is needed")  # fmt: skip
         train_source, val_source = open_labelled(args.data, args.labels, world if trains else 1)
-        values = {**json.loads(json.dumps(flat(args))), "task": task_of(args), "weights": encoder.digest()}
+        values = {**json.loads(json.dumps(flat(args))), "task": task_of(args), "weights": digest(encoder.model)}
         run_dir, checkpoint = Path(args.run.run_dir), None
         if trains:
             schedule(args, train_source)  # for its mistakes

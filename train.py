@@ -1267,7 +1267,16 @@ def save_checkpoint(accelerator, run_dir, step, stream, keep, model=None, **more
 
 # What may differ between a run and its continuation.
 VOLATILE = {"run_dir", "resume", "log_every", "checkpoint_every", "keep", "tracker", "compile", "workers"}
-VOLATILE |= {"checkpoint", "beside"}  # of a probe, which knows its encoder by its weights
+VOLATILE |= {"checkpoint", "beside", "push_to_hub"}  # of probe.py and finetune.py, which know an encoder by its weights
+
+
+def digest(module):
+    """A short name of a module's weights."""
+    hasher = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(module.state_dict().items()):
+        hasher.update(f"{name} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return hasher.hexdigest()
 
 
 def check_same_run(values, run_dir):

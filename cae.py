@@ -6,17 +6,29 @@ CAE v2  "CAE v2: Context Autoencoder with CLIP Latent Alignment", arXiv 2211.097
 Read from top to bottom: masks, positions, attention, blocks, config and size table, encoder, regressor, the two
 objectives, the model that joins them, and at the end the bridges to other people's checkpoints and libraries.
 
+    python cae.py export --checkpoint runs/cae-v2-base --to beit --output runs/beit
+
+is the last of these bridges as a command.
+
 Letters in shape comments: B images, N patches, Nv visible, Nm masked (N = Nv + Nm), P pixels along a patch's side,
 D encoder width, R regressor width, C target width. "Released code" is the authors' own implementation; every
 deviation from it is named where it happens.
 """
 
 import argparse
+import copy
 import dataclasses
+import io
 import itertools
+import json
 import logging
 import math
+import os
 import re
+import sys
+import tempfile
+import textwrap
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,8 +38,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors.torch import load_file
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 logger = logging.getLogger("cae")
 LN_EPS = 1e-6
@@ -415,7 +428,7 @@ class Encoder(nn.Module):
         if index is not None:
             patches, positions = take(patches, index), positions[index]                  # (B, n, 3 P^2), (B, n, D)
         x = self.patch_embed(patches) + positions                                        # (B, n, D)
-        x = torch.cat([self.class_token.expand(len(x), -1, -1), x], dim=1)               # (B, 1 + n, D)
+        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)           # (B, 1 + n, D)
         for block in self.blocks:
             x = block(x, stochastic)
         return self.norm(x)                                                              # (B, 1 + n, D)
@@ -716,7 +729,7 @@ def _read_official(source):
         if "::" in path:
             try:
                 path = hf_hub_download(*path.split("::", 1))
-            except (HfHubHTTPError, HFValidationError, OSError) as error:
+            except (HfHubHTTPError, OSError, ValueError) as error:
                 raise FileNotFoundError(f"{source} cannot be had from the Hub: {error}") from error
         if not Path(path).is_file():
             raise FileNotFoundError(f"checkpoint {path} does not exist")
@@ -788,8 +801,51 @@ def _config_of(released, source, overrides):
     return CAEConfig(**{**read, **guessed, **overrides}), assumed
 
 
+def load_model(checkpoint):
+    """A CAE in eval mode from whatever holds one.
+
+    Args: checkpoint, a run folder, its model/ folder, an id on the Hub, or for `load_official` a file of the released
+    code, also as `owner/name::path/in/repo`.
+    Raises: FileNotFoundError for what does not exist, ValueError for what is damaged or no CAE.
+    """
+    name, path = str(checkpoint), Path(checkpoint).expanduser()
+    if "::" in name or path.is_file():
+        return load_official(name if "::" in name else path)
+    accepted = "a run folder, a model/ folder, an id on the Hub or a released .pth"
+    if path.is_dir():
+        path = path / "model" if (path / "model").is_dir() else path
+        config = path / "config.json"
+        if not config.is_file():
+            raise FileNotFoundError(f"{path} holds no config.json: it is no model; give {accepted}")
+    else:
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+            raise FileNotFoundError(f"{name} does not exist: give {accepted}")
+        try:
+            path, config = name, hf_hub_download(name, "config.json")
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            reason = textwrap.shorten(str(error), 200)
+            raise FileNotFoundError(f"{name} is no file or folder, nor to be had from the Hub: {reason}") from error
+    try:
+        fields = json.loads(Path(config).read_text())
+    except ValueError as error:
+        raise ValueError(f"{name} is damaged: its config.json is not JSON") from error
+    fields = fields if isinstance(fields, dict) else {}
+    if "args" in fields:
+        raise ValueError(f"{name} is a run folder without a model/ yet: it appears with the run's first checkpoint")
+    if "method" not in fields:
+        raise ValueError(f"{name} is no CAE: its config.json names no method; give {accepted}")
+    try:
+        with redirect_stdout(io.StringIO()):  # huggingface_hub prints
+            return CAE.from_pretrained(path)  # in eval mode
+    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
+        reason = textwrap.shorten(str(error), 400)
+        raise ValueError(f"{name} cannot be loaded: it is damaged or incomplete ({reason})") from error
+
+
 # ----------------------------------------------------------------------------------------------------------------
-# Export: the encoder in transformers.
+# Export: the encoder in other libraries. BEiT, timm and LW-DETR keep positions as a table, hence for one square size.
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def to_beit(model, image_size=None):
@@ -801,10 +857,8 @@ def to_beit(model, image_size=None):
     """
     from transformers import BeitConfig, BeitModel
 
-    config = model.config
-    size = config.image_size if image_size is None else image_size
-    if not isinstance(size, int) or size <= 0 or size % config.patch_size:
-        raise ValueError(f"image_size is {size}: it must be one number that the patch of {config.patch_size} divides")
+    config, encoder = model.config, model.encoder
+    size = square_size(model, image_size)
     beit = BeitModel(
         BeitConfig(
             hidden_size=config.dim,
@@ -820,43 +874,324 @@ def to_beit(model, image_size=None):
             use_shared_relative_position_bias=False,
             use_mask_token=False,
             use_mean_pooling=False,
-            layer_scale_init_value=config.layer_scale,
+            layer_scale_init_value=config.layer_scale or 1.0,  # with 0, BEiT has none
             drop_path_rate=config.drop_path,
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         ),
         add_pooling_layer=False,
     )
-    positions = model.encoder.positions((size // config.patch_size,) * 2)
     state = {
-        "embeddings.cls_token": model.encoder.class_token,
-        "embeddings.position_embeddings": F.pad(positions, (0, 0, 1, 0))[None],  # zero for the class token
-        "embeddings.patch_embeddings.projection.weight": rearrange(
-            model.encoder.patch_embed.weight, "d (c p q) -> d c p q", c=3, p=config.patch_size
-        ),
-        "embeddings.patch_embeddings.projection.bias": model.encoder.patch_embed.bias,
-        "layernorm.weight": model.encoder.norm.weight,
-        "layernorm.bias": model.encoder.norm.bias,
+        "embeddings.cls_token": encoder.class_token,
+        "embeddings.position_embeddings": position_table(encoder, size),
+        "embeddings.patch_embeddings.projection.weight": patch_kernel(encoder),
+        "embeddings.patch_embeddings.projection.bias": encoder.patch_embed.bias,
+        "layernorm.weight": encoder.norm.weight,
+        "layernorm.bias": encoder.norm.bias,
     }
-    for i, block in enumerate(model.encoder.blocks):
-        q, k, v = block.attn.qkv.weight.chunk(3)
-        layer = {
-            "attention.q_proj.weight": q,
-            "attention.q_proj.bias": block.attn.q_bias,
-            "attention.k_proj.weight": k,
-            "attention.v_proj.weight": v,
-            "attention.v_proj.bias": block.attn.v_bias,
-            "lambda_1": block.scale1,
-            "lambda_2": block.scale2,
-        }
-        for theirs, ours in {
-            "attention.o_proj": block.attn.proj,
-            "layernorm_before": block.norm1,
-            "layernorm_after": block.norm2,
-            "mlp.fc1": block.mlp.fc1,
-            "mlp.fc2": block.mlp.fc2,
-        }.items():
-            layer[f"{theirs}.weight"], layer[f"{theirs}.bias"] = ours.weight, ours.bias
-        state.update({f"layers.{i}.{name}": tensor for name, tensor in layer.items()})
+    for i, block in enumerate(encoder.blocks):
+        state.update({f"layers.{i}.{name}": tensor for name, tensor in block_state(block, "lambda", "mlp").items()})
     beit.load_state_dict(state)
     return beit.eval()
+
+
+def to_timm(model, image_size=None):
+    """The encoder as a state dict for timm's `Beit`, built with `timm_arguments` of the same size.
+
+    Its `forward_features` is then `encode`; qkv and its two biases lie there as they do here. Arguments and errors as
+    `to_beit`'s.
+    """
+    # timm's BEiT and the released code go back to the same one, and have its names in common.
+    state = {released_name(f"encoder.{name}"): tensor for name, tensor in model.encoder.state_dict().items()}
+    state = {name.removeprefix("encoder."): tensor.clone() for name, tensor in state.items()}
+    state["patch_embed.proj.weight"] = patch_kernel(model.encoder).detach().clone()
+    state["pos_embed"] = position_table(model.encoder, square_size(model, image_size))
+    return state
+
+
+def timm_arguments(model, image_size=None):
+    """Keywords of `timm.models.beit.Beit` that `to_timm` needs; all others are timm's defaults."""
+    config = model.config
+    return {
+        "img_size": square_size(model, image_size),
+        "patch_size": config.patch_size,
+        "embed_dim": config.dim,
+        "depth": config.depth,
+        "num_heads": config.heads,
+        "qkv_bias": True,
+        "mlp_ratio": 4.0,
+        "init_values": config.layer_scale or 1.0,  # with 0, timm has no LayerScale
+        "use_abs_pos_emb": True,
+        "use_rel_pos_bias": False,
+        "num_classes": 0,
+        "global_pool": "token",  # with "avg" the final LayerNorm would move behind the pooling
+    }
+
+
+def to_onnx(model, path):
+    """Write the encoder as an ONNX graph: "images" (B, 3, H, W), float32 -> "tokens" (B, 1 + N, D), as `encode`.
+
+    B, H and W are free, but for H and W being multiples of the patch: positions are computed in the graph. It is one
+    file up to 2 GB; larger weights lie beside it. Raises: ImportError without the packages onnx and onnxscript.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"{error.name} is not installed, and ONNX needs it: pip install onnx onnxscript") from error
+
+    encoder = copy.deepcopy(model.encoder).cpu().eval()
+    encoder.positions.grid = None  # no grid has a table, or tracing would exclude the one that has
+    patch = model.config.patch_size
+    rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
+    program = torch.onnx.export(
+        encoder,
+        (torch.zeros(2, 3, 3 * patch, 5 * patch),),  # any numbers but 1, which would be taken as fixed
+        dynamic_shapes=({0: torch.export.Dim("batch"), 2: patch * rows, 3: patch * columns},),
+        input_names=["images"],
+        output_names=["tokens"],
+        dynamo=True,
+        verbose=False,
+    )
+    program.save(path)
+
+
+def to_lw_detr(model, image_size=None):
+    """The encoder as the backbone of LW-DETR, a transformers.LwDetrViTBackbone in eval mode.
+
+    LW-DETR has no class token and no final LayerNorm; its feature map (B, D, H / P, W / P) is the last block's output
+    with the patches alone as input. Attention is global: one window. (Windows are for who loads it, with the keywords
+    num_windows=16, num_windows_side=4, window_block_indices=[...].) At other sizes than this one it interpolates its
+    table of positions, where `encode` computes them anew. Arguments and errors as `to_beit`'s.
+    """
+    from transformers import LwDetrViTBackbone, LwDetrViTConfig
+
+    config, encoder = model.config, model.encoder
+    size = square_size(model, image_size)
+    backbone = LwDetrViTBackbone(
+        LwDetrViTConfig(
+            hidden_size=config.dim,
+            num_hidden_layers=config.depth,
+            num_attention_heads=config.heads,
+            mlp_ratio=4,
+            hidden_act="gelu",
+            layer_norm_eps=LN_EPS,
+            image_size=size,
+            pretrain_image_size=size,  # the table's
+            patch_size=config.patch_size,
+            qkv_bias=True,  # of q and v: its keys never have one
+            use_absolute_position_embeddings=True,
+            cae_init_values=config.layer_scale,
+            dropout_prob=0.0,
+            num_windows=1,
+        )
+    )
+    state = {
+        "embeddings.position_embeddings": position_table(encoder, size),
+        "embeddings.projection.weight": patch_kernel(encoder),
+        "embeddings.projection.bias": encoder.patch_embed.bias,
+    }
+    for i, block in enumerate(encoder.blocks):
+        layer = block_state(block, "gamma", "intermediate")
+        state.update({f"encoder.layer.{i}.{name}": tensor for name, tensor in layer.items()})
+    backbone.load_state_dict(state)
+    return backbone.eval()
+
+
+def square_size(model, image_size=None):
+    """Side of a square image in pixels (None: the model's own). Raises ValueError unless the patch divides it."""
+    patch, size = model.config.patch_size, model.config.image_size if image_size is None else image_size
+    if not isinstance(size, int) or size <= 0 or size % patch:
+        raise ValueError(f"image_size is {size}: it must be one number, a side that the patch of {patch} divides")
+    return size
+
+
+def position_table(encoder, size):
+    """Positions of a square image of `size` pixels, (1, 1 + N, D), zero for the class token."""
+    return F.pad(encoder.positions((size // encoder.patch_size,) * 2), (0, 0, 1, 0))[None]
+
+
+def patch_kernel(encoder):
+    """The patch embedding as the kernel of a convolution, (D, 3, P, P)."""
+    return rearrange(encoder.patch_embed.weight, "d (c p q) -> d c p q", c=3, p=encoder.patch_size).contiguous()
+
+
+def block_state(block, scale, mlp):
+    """A block's state dict by transformers' names; `scale` and `mlp`: what the model there calls LayerScale and MLP."""
+    q, k, v = block.attn.qkv.weight.chunk(3)
+    state = {
+        "attention.q_proj.weight": q,
+        "attention.q_proj.bias": block.attn.q_bias,
+        "attention.k_proj.weight": k,
+        "attention.v_proj.weight": v,
+        "attention.v_proj.bias": block.attn.v_bias,
+        f"{scale}_1": block.scale1,
+        f"{scale}_2": block.scale2,
+    }
+    for theirs, ours in {
+        "attention.o_proj": block.attn.proj,
+        "layernorm_before": block.norm1,
+        "layernorm_after": block.norm2,
+        f"{mlp}.fc1": block.mlp.fc1,
+        f"{mlp}.fc2": block.mlp.fc2,
+    }.items():
+        state[f"{theirs}.weight"], state[f"{theirs}.bias"] = ours.weight, ours.bias
+    return state
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# python cae.py export. Each function that writes a folder reads it back and returns pairs of what it computes and what
+# the CAE computes from the same random images: none where the library to read it is not installed.
+
+
+@dataclass
+class Export:
+    """Write the encoder of a checkpoint in the form of another library, and measure how exact it is."""
+
+    checkpoint: str
+    """Run folder; model/ folder; Hub id; released .pth, also owner/name::path."""
+    to: Literal["beit", "timm", "onnx", "lw-detr"]
+    """transformers' BEiT; timm's Beit; an ONNX graph for any image size; the backbone of transformers' LW-DETR."""
+    output: str
+    """Folder to write: a new one, or an empty one."""
+    image_size: int | None = None
+    """Side of the square images that the positions are for, in pixels; an ONNX graph is only measured at it. Left out:
+    the checkpoint's own."""
+
+
+def write_beit(model, folder, size):
+    from transformers import BeitImageProcessor
+
+    beit = save_and_read_back(to_beit(model, size), folder)
+    side = {"height": size, "width": size}
+    BeitImageProcessor(
+        size=side, crop_size=side, resample=3, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD  # 3: bicubic
+    ).save_pretrained(folder)
+    images = random_images(2, size, size)
+    return [(beit(images).last_hidden_state, model.encode(images))]
+
+
+def write_timm(model, folder, size):
+    save_file(to_timm(model, size), folder / "model.safetensors")
+    config = {
+        "architecture": "beit_base_patch16_224",  # timm's name for the class: model_args has the last word
+        "num_classes": 0,
+        "model_args": timm_arguments(model, size),
+        "pretrained_cfg": {
+            "num_classes": 0,
+            "input_size": (3, size, size),
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": IMAGENET_MEAN,
+            "std": IMAGENET_STD,
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return []
+
+
+def write_onnx(model, folder, size):
+    to_onnx(model, folder / "model.onnx")
+    try:
+        import onnxruntime
+    except ImportError:
+        return []
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    pairs = []
+    for images in (random_images(2, size, size), random_images(1, size, size + model.config.patch_size)):
+        (tokens,) = session.run(["tokens"], {"images": images.numpy()})
+        pairs.append((torch.from_numpy(tokens), model.encode(images)))
+    return pairs
+
+
+def write_lw_detr(model, folder, size):
+    backbone, encoder = save_and_read_back(to_lw_detr(model, size), folder), model.encoder
+    images = random_images(2, size, size)
+    x = encoder.patch_embed(patchify(images, encoder.patch_size)) + position_table(encoder, size)[:, 1:]
+    for block in encoder.blocks:
+        x = block(x)
+    (features,) = backbone(images).feature_maps                                          # (B, D, rows, columns)
+    return [(features.flatten(2).mT, x)]
+
+
+def save_and_read_back(network, folder):
+    """save_pretrained, then from_pretrained, without progress bars."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    network.save_pretrained(folder)
+    return type(network).from_pretrained(folder).eval()
+
+
+def random_images(batch, height, width):
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def export(args):
+    """Write the folder that `args`, an Export, asks for, and print one line about it.
+
+    The folder gets its name when it is complete and measured, or never.
+    Raises: ValueError, OSError, ImportError, with one line, for what `args` ask for; RuntimeError if the folder, read
+    back, computes something else than the checkpoint.
+    """
+    output = Path(args.output).expanduser().resolve()
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise FileExistsError(f"--output {args.output} exists and is no empty folder: name another, or remove it")
+    model = load_model(args.checkpoint)
+    size = square_size(model, args.image_size)
+    if not model.encode(random_images(1, size, size)).isfinite().all():
+        raise ValueError(f"--checkpoint {args.checkpoint} is damaged: what it computes is not finite")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        aside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
+    except OSError as error:
+        raise OSError(f"--output {args.output} cannot be written: {error.strerror}") from error
+    with aside:
+        folder = Path(aside.name) / output.name
+        folder.mkdir()
+        write = {"beit": write_beit, "timm": write_timm, "onnx": write_onnx, "lw-detr": write_lw_detr}[args.to]
+        pairs = write(model, folder, size)
+        difference = max(((theirs - ours).abs().max().item() for theirs, ours in pairs), default=0.0)
+        scale = max((ours.abs().max().item() for _, ours in pairs), default=0.0)
+        if not difference <= 1e-3 * max(scale, 1.0):  # rounding is a thousandth of this
+            raise RuntimeError(f"read back, the {args.to} of {args.checkpoint} is {difference:.1e} off: not written")
+        for path in (*folder.rglob("*"), folder):
+            fsync(path)
+        folder.rename(output)
+        fsync(output.parent)
+    wrote = {"beit": "a transformers BeitModel", "timm": "weights and arguments of timm's Beit",
+             "onnx": "an ONNX graph, model.onnx", "lw-detr": "a transformers LwDetrViTBackbone"}[args.to]  # fmt: skip
+    if args.to == "timm":
+        found = f'load it with timm.create_model("local-dir:{args.output}", pretrained=True)'
+    elif not pairs:
+        found = "not read back, which needs pip install onnxruntime"
+    else:
+        found = (f"read back, it differs from the checkpoint by {difference:.1e} at most (random images of "
+                 f"{size} x {size} pixels, outputs up to {scale:.1f})")  # fmt: skip
+    print(f"wrote {args.output}, {wrote}: {found}")
+
+
+def fsync(path):
+    """Flush a file, or the entries of a folder, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def main():
+    """Exit code 0: written; 2, with one line: what was asked for cannot be done."""
+    import tyro
+
+    args = tyro.extras.subcommand_cli_from_dict({"export": Export}, description=__doc__.partition("\n\n")[0])
+    try:
+        export(args)
+    except (ValueError, OSError, ImportError) as error:
+        print("error:", *str(error).split(), file=sys.stderr)  # one line, also of a library's error
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -11,7 +11,6 @@ Read in this order: arguments, encoders, features, kNN, heads, their training, r
 
 import copy
 import hashlib
-import io
 import json
 import math
 import os
@@ -20,7 +19,6 @@ import shlex
 import sys
 import time
 import warnings
-from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,8 +26,6 @@ from typing import Annotated, Literal
 from train import (  # first: it sets the environment for torch
     CLIP_MEAN,
     CLIP_STD,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     AutoFloat,
     AutoInt,
     AutoStr,
@@ -68,6 +64,7 @@ from train import (  # first: it sets the environment for torch
     resolve_run,
     save_checkpoint,
     to_device,
+    transformers_config,
     watch,
     write_aside,
 )
@@ -84,15 +81,23 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
-    HFValidationError,
     LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
 )
 from safetensors import SafetensorError
 from torchvision.transforms import v2
 from tqdm.auto import tqdm
 
-from cae import CAE, LN_EPS, SIZES, CAEConfig, CrossAttention, load_official, patch_grid
+from cae import (
+    CAE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    LN_EPS,
+    SIZES,
+    CAEConfig,
+    CrossAttention,
+    load_model,
+    patch_grid,
+)
 
 # ----------------------------------------------------------------------------------------------------------------
 # Arguments: one dataclass for each sub-command, of groups that share fields. Values of None follow from others.
@@ -348,33 +353,11 @@ def load_encoder(args, seed=0):
         require(args.random_init in SIZES, f"--random-init {args.random_init} does not exist: {', '.join(SIZES)}")
         torch.manual_seed(seed)
         return of_cae(CAE(CAEConfig.from_size(args.random_init)))
-    path = Path(name).expanduser()
     try:
-        if "::" in name or path.is_file():
-            return of_cae(load_official(name if "::" in name else path))
-        if not path.exists() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise UserError(f"--checkpoint {name} does not exist: no such file or folder, and not an id of the Hub")
-        if path.is_dir():
-            path = path / "model" if (path / "model").is_dir() else path  # of a run folder
-            require((path / "config.json").is_file(), f"--checkpoint {name} holds no config.json: it is no model")
-        config = json.loads(Path(fetch(path if path.is_dir() else name, "config.json")).read_text())
-        if "model_type" in config:
-            return of_transformers(str(path) if path.is_dir() else name, config)
-        require("args" not in config, f"--checkpoint {name} is a run folder without a model/ yet")
-        require("method" in config, f"--checkpoint {name} is no encoder: its config.json names neither "
-                                    "a method of this project nor a model_type of transformers")  # fmt: skip
-        with redirect_stdout(io.StringIO()):  # huggingface_hub prints
-            return of_cae(CAE.from_pretrained(path if path.is_dir() else name))
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError, HFValidationError,
-            OfflineModeIsEnabled) as error:  # fmt: skip
-        known = path.exists() or "::" in name
-        problem = "cannot be loaded" if known else "is no file or folder here, and the Hub does not give it"
-        raise UserError(f"--checkpoint {name} {problem}: {first_line(error)}") from error
-
-
-def fetch(folder_or_id, file):
-    """Path of a file of a model folder, or of one on the Hub."""
-    return folder_or_id / file if isinstance(folder_or_id, Path) else hf_hub_download(folder_or_id, file)
+        folder, config = transformers_config(name)
+        return of_transformers(folder, config) if config else of_cae(load_model(name))
+    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
+        raise UserError(f"--checkpoint {name} cannot be loaded: {first_line(error)}") from error
 
 
 def of_cae(model):
@@ -397,8 +380,9 @@ def of_transformers(name, config):
     model = load_pretrained(name, model_class, tuple(HF_KINDS), f"a {kind} encoder", "--checkpoint")
     mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
     try:
-        folder = Path(name) if Path(name).is_dir() else name
-        processor = json.loads(Path(fetch(folder, "preprocessor_config.json")).read_text())
+        file = "preprocessor_config.json"
+        file = Path(name) / file if Path(name).is_dir() else Path(hf_hub_download(name, file))
+        processor = json.loads(file.read_text())
     except LocalEntryNotFoundError:
         raise  # not known whether there is one
     except (FileNotFoundError, EntryNotFoundError):

@@ -44,6 +44,7 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image, ImageFile
 from safetensors import SafetensorError
@@ -53,10 +54,20 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
-from cae import CAE, SIZES, CAEConfig, block_mask, patch_grid, patchify, random_mask
+from cae import (
+    CAE,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    SIZES,
+    CAEConfig,
+    block_mask,
+    fsync,
+    patch_grid,
+    patchify,
+    random_mask,
+)
 
 DEMO = Path(__file__).resolve().parent / "demo"
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -1094,6 +1105,26 @@ def load_pretrained(name, model_class, kinds, description, flag="--teacher"):
         transformers_logging.set_verbosity(verbosity)
 
 
+def transformers_config(checkpoint):
+    """(folder or Hub id, its config.json) if the checkpoint of probe.py or finetune.py is a model of transformers, else
+    (checkpoint, None), which may still be a CAE. A run folder stands for its model/."""
+    path = Path(checkpoint).expanduser()
+    folder = path / "model" if (path / "model").is_dir() else path
+    if folder.is_dir():
+        file, name = folder / "config.json", str(folder)
+        if not file.is_file():
+            return checkpoint, None
+    elif path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", checkpoint):
+        return checkpoint, None
+    else:
+        try:
+            file, name = hf_hub_download(checkpoint, "config.json"), checkpoint
+        except (HfHubHTTPError, OSError, ValueError):
+            return checkpoint, None  # load_model says why
+    config = json.loads(Path(file).read_text())
+    return (name, config) if isinstance(config, dict) and "model_type" in config else (checkpoint, None)
+
+
 def build_teacher(args, config):
     """The teacher of these arguments, shown to give one target for every token of the student. Raises UserError."""
     if args.target.target == "pixels":
@@ -1202,15 +1233,6 @@ def watch(chunks, total, what, shown):
 
 # ----------------------------------------------------------------------------------------------------------------
 # Run folder: config.json, log.jsonl, checkpoints/step_00000123/, model/. Nothing is ever seen half-written.
-
-
-def fsync(path):
-    """Flush a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def write_aside(path, text):

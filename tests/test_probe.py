@@ -605,7 +605,7 @@ def test_the_best_epoch_and_the_best_head_are_told_apart_from_the_last_and_the_r
         ("knn", "give either --checkpoint or --random-init"),
         ("knn --checkpoint {root}/run --random-init nano", "give either --checkpoint or --random-init"),
         ("knn --random-init giant", "--random-init giant does not exist: nano, tiny"),
-        ("knn --checkpoint no/such/thing", "--checkpoint no/such/thing does not exist"),
+        ("knn --checkpoint no/such/thing", "--checkpoint no/such/thing cannot be loaded: no/such/thing does not exist"),
         ("knn --checkpoint {root}/empty", "empty holds no config.json"),
         ("knn --checkpoint {root}/unfinished", "is a run folder without a model/ yet"),
         ("knn --checkpoint {root}/bert", "bert is a bert: no encoder that is known here"),

@@ -1,0 +1,99 @@
+"""probe.py as its users run it: real processes on the demo data, alone and in two."""
+
+import json
+import shutil
+
+import pytest
+from hub import serve
+from images import noise_png, write_parquet
+from launch import launch, log_of, succeeded
+
+from cae import CAE, CAEConfig, to_beit
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    """A model/ folder with random weights."""
+    folder = tmp_path_factory.mktemp("encoder") / "model"
+    CAE(CAEConfig.from_size("nano")).save_pretrained(folder)
+    return folder
+
+
+def run_probe(run_dir, *command, processes=1, **environment):
+    """Result and output of a probe of a run folder; the file and the last line say the same."""
+    flags = ["--dataset", "demo", "--run-dir", run_dir, "--workers", "1"]
+    process = succeeded(launch("probe.py", *command, *flags, processes=processes, **environment))
+    result = json.loads((run_dir / "result.json").read_text())
+    assert json.loads(process.stdout.strip().splitlines()[-1]) == result
+    assert result["processes"] == processes and result["images"] == 1000 and result["skipped"] == 0
+    return result, process.stdout
+
+
+def test_knn_is_the_same_in_one_process_and_in_two(encoder, tmp_path):
+    one, output = run_probe(tmp_path / "one", "knn", "--checkpoint", encoder)
+    two, _ = run_probe(tmp_path / "two", "knn", "--checkpoint", encoder, processes=2)
+    assert one["weights"] == two["weights"] and one["top1"] > 50
+    for a, b in zip(one["knn"], two["knn"], strict=True):
+        assert {k: a[k] for k in ("pool", "k", "temperature")} == {k: b[k] for k in ("pool", "k", "temperature")}
+        assert abs(a["top1"] - b["top1"]) < 0.21, "batches differ, so the last bits of the features do"
+    assert f"{'k = 20':34}{one['top1']:8.1f}" in output and str(encoder) in output
+
+
+@pytest.mark.parametrize(("command", "processes"), [
+    (("linear", "--cache-features", "--epochs", "3", "--lr", "30", "--pool", "class", "both"), 2),
+    (("linear", "--steps", "3", "--lr", "1", "--effective-batch-size", "64", "--batch-size", "16"), 2),
+    (("attentive", "--steps", "3", "--effective-batch-size", "64"), 1),
+])  # fmt: skip
+def test_the_trained_probes(encoder, tmp_path, command, processes):
+    result, output = run_probe(tmp_path, *command, "--checkpoint", encoder, processes=processes)
+    assert result["best_of"] == len(result["heads"]) == (4 if "--pool" in command else 1 + ("--lr" in command))
+    assert f"{processes} process{'es' * (processes > 1)} x " in output
+    assert all(0 <= head["top1"] <= head["top5"] <= 100 for head in result["heads"])
+    if "--cache-features" in command:
+        assert result["best"]["top1"] > 50, "three epochs of a linear layer on random features"
+
+
+@pytest.mark.parametrize("form", ["cae", "transformers"])
+def test_an_encoder_of_the_hub(encoder, tmp_path, form):
+    """Over HTTP, from the stand-in: a model of this project, and one of transformers."""
+    model = CAE.from_pretrained(encoder)
+    (model if form == "cae" else to_beit(model)).save_pretrained(tmp_path / "repo")
+    with serve(tmp_path / "repo") as (environment, requests):
+        flags = ["knn", "--checkpoint", "some/pictures", "--k", "20", "--temperature", "0.07"]
+        result, _ = run_probe(tmp_path / "run", *flags, HF_HOME=str(tmp_path / "cache"), **environment)
+    assert any("model.safetensors" in request for request in requests) and result["encoder"] == "some/pictures"
+    assert result["kind"] == {"cae": "cae-v2", "transformers": "beit"}[form] and result["top1"] > 50
+
+
+def test_a_probe_resumes_in_two_processes(encoder, tmp_path):
+    command = ["attentive", "--kind", "ep", "--checkpoint", encoder, "--steps", "4", "--checkpoint-every", "2",
+               "--effective-batch-size", "32", "--lr", "2", "--log-every", "1"]  # fmt: skip
+    expected, _ = run_probe(tmp_path / "whole", *command, processes=2)
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_00000004")
+    (tmp_path / "resumed" / "result.json").unlink()
+    resumed, output = run_probe(tmp_path / "resumed", *command, processes=2)
+    assert "continuing from" in output
+    assert all(resumed[name] == expected[name] for name in ("top1", "top5", "heads", "best", "knn"))
+    for a, b in zip(log_of(tmp_path / "resumed"), log_of(tmp_path / "whole"), strict=True):
+        assert (a["step"], a["loss_heads"]) == (b["step"], b["loss_heads"])
+
+
+@pytest.mark.parametrize("command", [("knn",), ("linear", "--cache-features", "--steps", "2"),
+                                     ("attentive", "--steps", "2")])  # fmt: skip
+def test_a_rank_may_have_nothing_to_evaluate(tmp_path, command):
+    """Streams with fewer shards than processes, and one single image: they count once all the same."""
+    write_parquet(tmp_path / "data", (40, 40), encode=noise_png)
+    write_parquet(tmp_path / "data", (1,), split="test", encode=noise_png)
+    flags = ["--dataset", tmp_path / "data", "--streaming", "--workers", "0", "--random-init", "nano"]
+    flags += ["--effective-batch-size", "16"] if command[0] != "knn" else []
+    process = succeeded(launch("probe.py", *command, *flags, "--run-dir", tmp_path / "run", processes=2))
+    assert json.loads(process.stdout.strip().splitlines()[-1])["images"] == 1
+
+
+def test_a_probe_tells_a_mistake_once(encoder, tmp_path):
+    process = launch("probe.py", "knn", "--checkpoint", tmp_path, "--run-dir", tmp_path / "run", processes=2)
+    assert process.returncode != 0
+    assert process.stderr.count("holds no config.json: it is no model") == 1
+    process = launch("probe.py", "knn", "--checkpoint", tmp_path, "--run-dir", tmp_path / "run")
+    assert process.returncode == 2 and "Traceback" not in process.stderr

@@ -49,6 +49,7 @@ from train import (  # first: it sets the environment for torch
     flat,
     hits,
     learning_rate,
+    length_of_run,
     load_checkpoint,
     load_pretrained,
     make_accelerator,
@@ -780,18 +781,6 @@ def extract_once(probe, train_source, val_source, place, knn_of_before):
     return stream, val, rows
 
 
-def schedule(args, source):
-    """Steps of the run, of a pass (None if the number of images is unknown) and of the warm-up. Raises UserError."""
-    run, warmup_epochs = args.run, args.probe.warmup_epochs
-    require(source.num_images is not None or (run.steps is not None and warmup_epochs is None),
-            f"the number of images in {source.name} is unknown: pass --num-images, or --steps for epochs")
-    steps_per_pass = source.num_images / args.data.effective_batch_size if source.num_images else None
-    total = run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
-    warmup = total // 9 if warmup_epochs is None else round(warmup_epochs * steps_per_pass)
-    require(warmup < total, f"--warmup-epochs {warmup_epochs} is not shorter than the run")
-    return total, steps_per_pass, warmup
-
-
 def train_heads(probe, train_source, val_source, checkpoint):
     """Train the heads of a linear or attentive probe: (settings, evaluations, kNN rows or None), or None if this run is
     complete already. Raises UserError and RunError."""
@@ -799,7 +788,7 @@ def train_heads(probe, train_source, val_source, checkpoint):
     data, run, asked, run_dir = args.data, args.run, args.probe, Path(args.run.run_dir)
     num_classes, effective = len(train_source.classes), data.effective_batch_size
     forwards = effective // (data.batch_size * probe.world)
-    total, steps_per_pass, warmup = schedule(args, train_source)
+    total, steps_per_pass, warmup = length_of_run(run, data, train_source, asked.warmup_epochs, 9)
 
     heads, settings, optimizer = make_heads(args, probe.encoder, num_classes)
     with warnings.catch_warnings():  # as in train.py
@@ -1059,7 +1048,7 @@ def evaluate_encoder(args):
         values = {**json.loads(json.dumps(flat(args))), "task": task_of(args), "weights": digest(encoder.model)}
         run_dir, checkpoint = Path(args.run.run_dir), None
         if trains:
-            schedule(args, train_source)  # for its mistakes
+            length_of_run(args.run, args.data, train_source, args.probe.warmup_epochs, 9)  # for its mistakes
             checkpoint = prepare_run_dir(args.run, values)
         else:
             kept = [name for name in ("checkpoints", "log.jsonl", "model") if (run_dir / name).exists()]

@@ -616,9 +616,9 @@ def read_classes(args, data, column, features, num_classes=None):
     return sorted(labels) if "string" in kind else [str(number) for number in range(max(labels, default=-1) + 1)]
 
 
-def open_labelled(data, labels, world=1):
-    """ImagesArgs, LabelArgs -> the Source to learn from and the one to evaluate on; they agree on their classes.
-    Raises UserError."""
+def open_labelled(data, labels, world=1, learn=True):
+    """ImagesArgs, LabelArgs -> the Source to learn from (None if not to `learn`) and the one to evaluate on; they agree
+    on their classes. Raises UserError."""
     if labels.val_split is None:
         splits = list(open_splits(data.dataset))
         others = [name for name in ("validation", "val", "valid", "test") if name in splits and name != data.split]
@@ -626,8 +626,10 @@ def open_labelled(data, labels, world=1):
             raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; "
                             "pass --val-split")  # fmt: skip
         labels.val_split = others[0]
-    train = open_source(data, world, True, labels.num_classes)
     val = open_source(dataclasses.replace(data, split=labels.val_split, num_images=None), 1, True, labels.num_classes)
+    if not learn:
+        return None, val
+    train = open_source(data, world, True, labels.num_classes)
     named = isinstance(val.data.features[val.label_column], datasets.ClassLabel)
     if set(val.classes) - set(train.classes) or (named and train.classes != val.classes):
         raise UserError(
@@ -1160,11 +1162,25 @@ def learning_rate(step, total, warmup, peak, final):
     return cosine(step - warmup, total - warmup, peak, final)
 
 
-def warmup_steps(total, steps_per_pass=None, epochs=None):
-    """Steps of `epochs`; by default those of 10, 20, 40 epochs for 300, 800, 1600, and a thirtieth of a shorter run."""
-    if epochs is not None:
-        return round(epochs * steps_per_pass)
-    return total // (40 if steps_per_pass and round(total / steps_per_pass) > 300 else 30)
+def length_of_run(run, data, source, warmup_epochs=None, share=None):
+    """Steps of the run, of a pass (None if the number of images is unknown) and of the warm-up. Raises UserError.
+
+    Warm-up where None is given: one of `share` parts of the run; for pretraining 10, 20, 40 epochs of 300, 800, 1600,
+    and a thirtieth of a shorter run.
+    """
+    known = source.num_images is not None
+    require(known or run.steps is not None,
+            f"the number of images in {source.name} is unknown: pass --num-images, or --steps for --epochs")
+    require(known or warmup_epochs is None,
+            f"the number of images in {source.name} is unknown: --warmup-epochs needs --num-images")
+    steps_per_pass = source.num_images / data.effective_batch_size if known else None
+    total = run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
+    if warmup_epochs is not None:
+        warmup = round(warmup_epochs * steps_per_pass)
+    else:
+        warmup = total // (share or (40 if known and round(total / steps_per_pass) > 300 else 30))
+    require(warmup < total, f"--warmup-epochs {warmup_epochs} is not shorter than the run")
+    return total, steps_per_pass, warmup
 
 
 def parameter_groups(model):
@@ -1465,14 +1481,8 @@ def train(args):
 
     batch_size, effective = args.data.batch_size, args.data.effective_batch_size
     accumulation = effective // (batch_size * world)
-    if args.run.steps is None and source.num_images is None:
-        raise UserError(f"the number of images in {source.name} is unknown: pass --num-images, or --steps for --epochs")
-    steps_per_pass = source.num_images / effective if source.num_images else None
-    total = args.run.steps or max(1, math.ceil(args.run.epochs * source.num_images / effective - 1e-9))
+    total, steps_per_pass, warmup = length_of_run(args.run, args.data, source, args.recipe.warmup_epochs)
     epochs = total / steps_per_pass if steps_per_pass else None
-    if args.recipe.warmup_epochs is not None and epochs is None:
-        raise UserError(f"the number of images in {source.name} is unknown: --warmup-epochs needs --num-images")
-    warmup = warmup_steps(total, steps_per_pass, args.recipe.warmup_epochs)
     peak = args.recipe.lr * effective / 2048
 
     torch.manual_seed(args.run.seed)

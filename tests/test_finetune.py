@@ -280,7 +280,7 @@ FULL = ("--mixup", 0.8, "--cutmix", 1, "--randaugment", 27, "--erasing", 0.5, "-
 def tuned(clothes, tmp_path_factory):
     """A short run, whole: folder and result."""
     folder = tmp_path_factory.mktemp("tuned") / "run"
-    command = ["--random-init", "nano", "--dataset", clothes, "--steps", "90", "--effective-batch-size", "32", "--lr",
+    command = ["--random-init", "nano", "--dataset", clothes, "--steps", "150", "--effective-batch-size", "32", "--lr",
                "6e-2", "--eval-every", "3", "--workers", "0", "--run-dir", folder]  # fmt: skip
     process = succeeded(launch("finetune.py", "classify", *command))
     return folder, json.loads(process.stdout.strip().splitlines()[-1])
@@ -289,7 +289,7 @@ def tuned(clothes, tmp_path_factory):
 def test_plain_transformers_reach_the_same_accuracy(tuned, clothes, tmp_path):
     """A script that imports nothing of this project loads the folder and classifies the test images."""
     folder, result = tuned
-    assert result["top1"] > 25, "ninety steps learn something"
+    assert result["top1"] > 25, "150 steps learn something"
     script = tmp_path / "plain.py"
     script.write_text("""
 import io, sys
@@ -359,6 +359,21 @@ def test_eval_only_gives_the_same_figure(run, tuned):
     again, output = run("--checkpoint", folder, "--eval-only")
     assert (again["top1"], again["top5"], again["images"]) == (result["top1"], result["top5"], 101)
     assert "evaluation only" in output
+
+
+def test_eval_only_reads_nothing_but_the_split_to_evaluate_on(run, tuned, clothes, tmp_path):
+    (tmp_path / "alone").mkdir()
+    shutil.copy(clothes / "test.parquet", tmp_path / "alone")
+    again, _ = run("--checkpoint", tuned[0] / "model", "--eval-only", "--val-split", "test", dataset=tmp_path / "alone")
+    assert again["top1"] == tuned[1]["top1"]
+
+
+def test_a_failed_upload_loses_nothing(run, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SystemExit) as stop:
+        run(*SMALL, "--steps", 1, "--push-to-hub", "me/clothes")
+    assert stop.value.code == 1 and "could not be uploaded to me/clothes" in capsys.readouterr().err
+    assert (tmp_path / "run" / "result.json").exists() and (tmp_path / "run" / "model" / "config.json").exists()
 
 
 def test_all_of_the_recipe_runs(run, tmp_path):

@@ -246,11 +246,18 @@ def test_learning_rate():
 @pytest.mark.parametrize(("epochs", "warm"), [(300, 10), (800, 20), (1600, 40), (30, 1), (100, 10 / 3)])
 def test_warmup(epochs, warm):
     """ImageNet's passes are no whole number of steps, and a run is rounded up to one."""
-    steps_per_pass = 1281167 / 2048
-    total = math.ceil(epochs * steps_per_pass)
-    assert train.warmup_steps(total, steps_per_pass) == pytest.approx(warm * steps_per_pass, abs=1)
-    assert train.warmup_steps(total, steps_per_pass, 5.0) == round(5 * steps_per_pass)
-    assert train.warmup_steps(90) == 3
+    source = train.Source(None, "image", None, 1281167, "here")
+    run, data = train.RunArgs(epochs=float(epochs)), train.DataArgs(effective_batch_size=2048)
+    total, steps_per_pass, warmup = train.length_of_run(run, data, source)
+    assert steps_per_pass == 1281167 / 2048 and total == math.ceil(epochs * steps_per_pass)
+    assert warmup == pytest.approx(warm * steps_per_pass, abs=1)
+    assert train.length_of_run(run, data, source, 5.0)[2] == round(5 * steps_per_pass)
+    assert train.length_of_run(run, data, source, None, 9)[2] == total // 9
+    unknown, steps = train.Source(None, "image", None, None, "here"), train.RunArgs(steps=90)
+    assert train.length_of_run(steps, data, unknown) == (90, None, 3)
+    for mistake in ((run, data, unknown), (steps, data, unknown, 5.0)):
+        with pytest.raises(UserError, match="the number of images in here is unknown"):
+            train.length_of_run(*mistake)
 
 
 def test_parameter_groups():

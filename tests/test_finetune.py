@@ -425,7 +425,7 @@ def test_two_processes(clothes, tmp_path):
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], abs=1e-4)
 
 
-def test_upload(run, monkeypatch, tmp_path):
+def test_upload_with_the_call_replaced(run, monkeypatch, tmp_path):
     """--push-to-hub with the upload call replaced: what would be uploaded, and where to."""
     calls = []
 

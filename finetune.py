@@ -19,9 +19,9 @@ import sys
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from train import (  # first: it sets the environment for torch
     AutoFloat,
@@ -64,13 +64,14 @@ from train import (  # first: it sets the environment for torch
 )
 
 # isort: split
+import datasets
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
@@ -95,8 +96,8 @@ class ModelArgs:
     """Size that the checkpoint is to have. Default: whatever it has."""
     image_size: AutoInt = None
     """Side of the square crop, in pixels. Default: the checkpoint's own."""
-    pooling: Literal["mean", "class"] = "mean"
-    """What is classified: the mean of the patch tokens, or the class token."""
+    pooling: Annotated[str | None, tyro.conf.arg(metavar="mean|class", help_behavior_hint="")] = None
+    """What is classified: the mean of the patch tokens, or the class token. Default: mean, or as fine-tuned before."""
     relative_position_bias: bool = True
     """A bias for every distance of two patches in every block and head, from zero, beside the fixed positions."""
     drop_path: AutoFloat = None
@@ -202,6 +203,11 @@ def resolve(args, origin, world=1):
     require(model.size in (None, size),
             f"--size {model.size} was asked for, but {origin.name} is {size or 'of no known size'} "
             f"({config.hidden_size} wide, {config.num_hidden_layers} blocks)")
+    own = None if origin.classifier is None else "mean" if config.use_mean_pooling else "class"
+    default(model, "pooling", own or "mean")
+    require(model.pooling in ("mean", "class"), f"--pooling is {model.pooling}: it is mean or class")
+    require(model.new_head or own in (None, model.pooling),
+            f"--pooling {model.pooling}: the classifier of {origin.name} was tuned with {own}: pass --new-head")
     lr, decay, epochs, warmup = RECIPES[method, size or "base"]
     nano, tiny, large = size == "nano", size == "tiny", size in ("large", "huge")
     default(model, "image_size", config.image_size)
@@ -298,7 +304,7 @@ def of_beit(name, config):
         model = BeitForImageClassification.from_pretrained(name)
         beit, classifier = model.beit, model.classifier
     else:
-        beit, classifier = BeitModel.from_pretrained(name, add_pooling_layer=False), None
+        beit, classifier = BeitModel.from_pretrained(name, add_pooling_layer=config.get("use_mean_pooling", True)), None
     names = model.config.id2label if tuned else {}
     shape = beit.config
     require(isinstance(shape.image_size, int), f"--checkpoint {name} is not square: {shape.image_size}")
@@ -319,15 +325,19 @@ def build_model(args, origin, classes):
     config.image_size, config.drop_path_rate = args.image_size, args.drop_path
     config.id2label, config.label2id = dict(enumerate(classes)), {name: i for i, name in enumerate(classes)}
     config.num_labels = len(classes)
-    config.use_mean_pooling = old.use_mean_pooling if tuned else args.pooling == "mean"
+    config.use_mean_pooling = args.pooling != "class"
     config.use_relative_position_bias = old.use_relative_position_bias or args.relative_position_bias
+    config.use_mask_token = False  # nothing is masked
     config.cae_method = origin.method  # for the recipe, should it be tuned further
     config.architectures = ["BeitForImageClassification"]
     model = BeitForImageClassification(config)
     state = {f"beit.{name}": value for name, value in origin.beit.state_dict().items()}
-    if config.use_mean_pooling and not old.use_mean_pooling:
+    state.pop("beit.embeddings.mask_token", None)
+    if config.use_mean_pooling != old.use_mean_pooling:  # the last norm is before the pooling or after it
+        norms = ["beit.layernorm", "beit.pooler.layernorm"]
+        source, target = norms if config.use_mean_pooling else reversed(norms)
         for part in ("weight", "bias"):
-            state[f"beit.pooler.layernorm.{part}"] = state.pop(f"beit.layernorm.{part}")
+            state[f"{target}.{part}"] = state.pop(f"{source}.{part}")
     if old.use_absolute_position_embeddings:
         state["beit.embeddings.position_embeddings"] = resize_positions(origin.beit, args.image_size)
     for name, value in list(state.items()):
@@ -347,8 +357,15 @@ def build_model(args, origin, classes):
     missing = [name for name in missing if not name.endswith("relative_position_bias_table")]  # those start from zero
     assert not missing and not surplus, (missing, surplus)
     if old.use_absolute_position_embeddings:
-        model.beit.embeddings.position_embeddings.requires_grad_(False)
+        model.beit.embeddings.position_embeddings.requires_grad_(not is_fixed(origin.beit))
     return model.train()
+
+
+def is_fixed(beit):
+    """Whether the positions are the sine-cosine ones, up to the rounding of half precision."""
+    table, config = beit.embeddings.position_embeddings, beit.config
+    grid = config.image_size // config.patch_size
+    return torch.allclose(table[0, 1:], sincos_positions(grid, grid, config.hidden_size), rtol=0, atol=4e-3)
 
 
 def resize_positions(beit, image_size):
@@ -356,10 +373,10 @@ def resize_positions(beit, image_size):
     sine-cosine ones, else interpolated (bicubic), as BEiT itself would in every forward."""
     table, config = beit.embeddings.position_embeddings, beit.config
     old, new = config.image_size // config.patch_size, image_size // config.patch_size
+    if is_fixed(beit):
+        return F.pad(sincos_positions(new, new, config.hidden_size), (0, 0, 1, 0))[None]
     if old == new:
         return table
-    if torch.allclose(table[0, 1:], sincos_positions(old, old, config.hidden_size), atol=1e-5):
-        return F.pad(sincos_positions(new, new, config.hidden_size), (0, 0, 1, 0))[None]
     grid = table[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)                     # (1, D, old, old)
     grid = F.interpolate(grid, (new, new), mode="bicubic", align_corners=False)
     return torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)             # (1, 1 + N, D)
@@ -476,10 +493,15 @@ def classify(args):
                 f"--eval-only: {origin.name} has no classifier yet; give the run folder of a finetune.py classify")
         train_source, val_source = open_labelled(data, args.labels, world, learn=not recipe.eval_only)
         classes = val_source.classes
+        if recipe.eval_only and set(classes) < set(origin.labels) and not names_classes(val_source):
+            classes = origin.labels  # numbers or words, of which this split does not have all
+            val_source = replace(val_source, classes=classes)
         torch.manual_seed(run.seed)
         model = build_model(args.model, origin, classes)
         if not recipe.eval_only:
             total, steps_per_pass, warmup = length_of_run(run, data, train_source, recipe.warmup_epochs, 20)
+            require(recipe.ema == 0 or total * (1 - recipe.ema) >= 3,
+                    f"--ema {recipe.ema} averages over more steps than a third of the {total} of the run: lower it")
         values = {**json.loads(json.dumps(flat(args))), "task": "classify", "weights": digest(origin.beit)}
         checkpoint = prepare_run_dir(run, values)
     skipped = []
@@ -499,6 +521,7 @@ def classify(args):
         model.to(device).eval()
         batches = to_evaluate(args, val_source, accelerator, skipped)
         accuracy, images = evaluate(accelerator, lambda x: model(x).logits, batches)
+        require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
         evaluations = [{"step": 0, "epoch": None, "images": images, "accuracy": accuracy}]
         return finish(args, accelerator, evaluations, facts, len(skipped), began)
 
@@ -555,7 +578,8 @@ def classify(args):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average:
-            average.update_parameters(bare)
+            with torch.no_grad():  # update_parameters would ask the device for its count, and wait
+                average.multi_avg_fn(list(average.module.parameters()), list(bare.parameters()), None)
         steps, done = steps + 1, step + 1
         log.bar.update()
 
@@ -567,7 +591,8 @@ def classify(args):
         # the only place where the host waits for the device
         means = (accelerator.reduce(torch.stack([value / steps for value in sums.values()]), "mean")).tolist()
         means, seconds = dict(zip(sums, means, strict=True)), time.perf_counter() - since
-        require_finite(means, done, run_dir)
+        # with fp16 the scaler skips a step whose gradient is not finite
+        require_finite([means["loss"]] if precision == "fp16" else means.values(), done, run_dir)
         epoch, found = round(done / steps_per_pass, 4) if steps_per_pass else None, {}
         if evaluates:
             best.eval()
@@ -590,26 +615,33 @@ def classify(args):
             "data_wait": round(waited / seconds, 4),
             **({"skipped_files": names} if names else {}),
         }, shown=done % run.log_every == 0 or done == total)  # fmt: skip
-        if evaluates and accelerator.is_main_process and evaluations[-1] is best_of(evaluations):
+        is_best = evaluates and evaluations[-1] is best_of(evaluations)
+        if accelerator.is_main_process and (is_best or (evaluates and not (run_dir / "best").exists())):
             write_model(run_dir / "best", best, args, facts, evaluations[-1])
         if writes:
             save_checkpoint(accelerator, run_dir, done, stream, run.keep, evaluations=evaluations)
             if accelerator.is_main_process:
-                write_model(run_dir / "model", best, args, facts, evaluations[-1] if evaluations else None)
+                write_model(run_dir / "model", best, args, facts, evaluations[-1] if evaluates else None)
         sums, steps, waited, since = {}, 0, 0.0, time.perf_counter()
     log.bar.close()
-    if start >= total and not checkpoints(run_dir):  # a finished run, resumed by its path into a new folder
-        save_checkpoint(accelerator, run_dir, start, stream, run.keep, evaluations=evaluations)
+    if start >= total:  # a finished run: resumed by its path into a new folder, or cut off before model/ was written
+        if not checkpoints(run_dir):
+            save_checkpoint(accelerator, run_dir, start, stream, run.keep, evaluations=evaluations)
         if accelerator.is_main_process:
             write_model(run_dir / "model", best, args, facts, evaluations[-1])
     finish(args, accelerator, evaluations, facts, len(skipped), began)
 
 
-def require_finite(means, step, run_dir):
-    """Raises RunError for a loss that is not a number."""
-    if not math.isfinite(means["loss"]):
+def names_classes(source):
+    """Whether the data set itself names its classes."""
+    return isinstance(source.data.features[source.label_column], datasets.ClassLabel)
+
+
+def require_finite(values, step, run_dir):
+    """Raises RunError if one is not a number."""
+    if not all(map(math.isfinite, values)):
         good = checkpoints(run_dir)
-        raise RunError(f"the loss is not finite at step {step}; the last good checkpoint is "
+        raise RunError(f"loss or gradient is not finite by step {step}; the last good checkpoint is "
                        f"{good[-1] if good else 'none: none was written yet'}")  # fmt: skip
 
 
@@ -750,7 +782,7 @@ def push(folder, hub_id):
         api = HfApi()
         api.create_repo(hub_id, exist_ok=True)
         return str(api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Fine-tuned classifier"))
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except Exception as error:  # the Hub's client has errors of its own for every way in which a network fails
         raise RunError(f"{folder} could not be uploaded to {hub_id}: {first_line(error)}; it is whole, try again "
                        f"with `hf upload {hub_id} {folder}`") from error  # fmt: skip
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -14,7 +15,15 @@ from images import write_parquet
 from launch import ROOT, launch, log_of, succeeded
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTConfig, ViTModel, pipeline
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BeitConfig,
+    BeitModel,
+    ViTConfig,
+    ViTModel,
+    pipeline,
+)
 
 import finetune
 import train
@@ -134,6 +143,33 @@ def test_learned_positions_are_interpolated_as_beit_does(tmp_path):
     bigger = rebuilt(tmp_path, 40)
     images = torch.randn(2, 3, 40, 40)
     torch.testing.assert_close(bigger(images).logits, tuned(images).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"use_mask_token": True}, {"use_mean_pooling": False}])
+@pytest.mark.parametrize("pooling", ["mean", "class"])
+def test_any_beit_of_transformers_can_be_tuned(tmp_path, options, pooling):
+    """Stock folders, whose last norm is in the pooler or before it; every trainable parameter gets a gradient."""
+    shape = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20)
+    beit = BeitModel(BeitConfig(**shape, image_size=16, patch_size=8, use_absolute_position_embeddings=True, **options))
+    for weight in beit.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)
+    beit.save_pretrained(tmp_path)
+    origin = load_origin(ModelArgs(checkpoint=str(tmp_path)))
+    tuned = build_model(ModelArgs(image_size=16, drop_path=0.0, pooling=pooling), origin, CLASSES)
+    tuned(torch.randn(2, 3, 16, 16)).logits.sum().backward()
+    assert all(p.grad is not None for p in tuned.parameters() if p.requires_grad)
+    assert tuned.beit.embeddings.position_embeddings.requires_grad, "learned positions are learned on"
+    norm = tuned.beit.pooler.layernorm if pooling == "mean" else tuned.beit.layernorm
+    theirs = beit.layernorm if "use_mean_pooling" in options else beit.pooler.layernorm
+    assert torch.equal(norm.weight, theirs.weight) and torch.equal(norm.bias, theirs.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fixed_positions_are_known_in_half_precision(tmp_path, dtype):
+    tuned_folder(tmp_path).to(dtype).save_pretrained(tmp_path)
+    for size in (28, 40):
+        table = rebuilt(tmp_path, size).beit.embeddings.position_embeddings
+        assert torch.equal(table[0, 1:], sincos_positions(size // 4, size // 4, 96)) and not table.requires_grad
 
 
 def test_layer_decay_of_a_model_of_twelve_blocks():
@@ -273,7 +309,7 @@ def run(monkeypatch, capsys, clothes, tmp_path):
 
 
 SMALL = ("--random-init", "nano", "--effective-batch-size", 32, "--log-every", 1)
-FULL = ("--mixup", 0.8, "--cutmix", 1, "--randaugment", 27, "--erasing", 0.5, "--drop-path", 0.3, "--ema", 0.9)
+FULL = ("--mixup", 0.8, "--cutmix", 1, "--randaugment", 27, "--erasing", 0.5, "--drop-path", 0.3, "--ema", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -368,6 +404,30 @@ def test_eval_only_reads_nothing_but_the_split_to_evaluate_on(run, tuned, clothe
     assert again["top1"] == tuned[1]["top1"]
 
 
+def test_eval_only_of_numbers_as_labels_of_which_the_split_has_some(run, tmp_path):
+    write_parquet(tmp_path / "data", (60,), labels="numbers")
+    write_parquet(tmp_path / "data", (40,), labels="numbers", split="test")
+    run(*SMALL, "--steps", 1, dataset=tmp_path / "data", run_dir=tmp_path / "tuned")
+    table = pq.read_table(next((tmp_path / "data").glob("test-*.parquet")))
+    (tmp_path / "some").mkdir()
+    pq.write_table(table.filter(pc.field("label") == 0), tmp_path / "some" / "test.parquet")
+    source = finetune.open_labelled(train.ImagesArgs(dataset=str(tmp_path / "some"), workers=0),
+                                    train.LabelArgs(val_split="test"), learn=False)[1]  # fmt: skip
+    assert source.classes == ["0"] and not finetune.names_classes(source)
+    run("--checkpoint", tmp_path / "tuned", "--eval-only", dataset=tmp_path / "some", run_dir=tmp_path / "e")
+    assert json.loads((tmp_path / "e" / "result.json").read_text())["classes"] == 2
+
+
+def test_a_finished_run_without_its_model_is_made_whole(run, tmp_path):
+    flags = (*SMALL, "--steps", 1)
+    run(*flags)
+    before = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    shutil.rmtree(tmp_path / "run" / "model")
+    run(*flags)
+    after = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_a_failed_upload_loses_nothing(run, monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(SystemExit) as stop:
@@ -377,22 +437,25 @@ def test_a_failed_upload_loses_nothing(run, monkeypatch, capsys, tmp_path):
 
 
 def test_all_of_the_recipe_runs(run, tmp_path):
-    result, _ = run(*SMALL, *FULL, "--batch-size", 16, "--steps", 3, "--image-size", 40, "--pooling", "class")
-    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3] and result["image_size"] == 40
+    result, _ = run(*SMALL, *FULL, "--batch-size", 16, "--steps", 6, "--image-size", 40, "--pooling", "class")
+    assert [line["step"] for line in log_of(tmp_path / "run")] == [1, 2, 3, 4, 5, 6] and result["image_size"] == 40
     model = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "model")
     assert model.config.image_size == 40 and not model.config.use_mean_pooling
 
 
 def test_the_moving_average_is_what_is_written(run, tmp_path):
-    """With a decay of 1 the average is what training started from."""
-    run(*SMALL, "--ema", 1, "--steps", 2, "--lr", 0.1, run_dir=tmp_path / "average")
-    run(*SMALL, "--steps", 2, "--lr", 0.1, run_dir=tmp_path / "last")
-    torch.manual_seed(0)
+    """start, w1, w2, w3 averaged by hand; the single runs of 1, 2 and 3 steps give the w."""
+    flags = (*SMALL, "--lr", 0.1, "--min-lr", 0.1 * 32 / 1024, "--warmup-epochs", 0)  # a constant rate
+    run(*flags, "--ema", 0.25, "--steps", 4, run_dir=tmp_path / "average")
     name = "beit.layers.0.mlp.fc1.weight"
-    folders = [tmp_path / n / "model" for n in ("average", "last")]
-    average, last = (AutoModelForImageClassification.from_pretrained(f).state_dict()[name] for f in folders)
-    start = load_origin(ModelArgs(random_init="nano"), 0).beit.state_dict()[name.removeprefix("beit.")]
-    assert torch.equal(average, start) and not torch.equal(last, start)
+    expected = load_origin(ModelArgs(random_init="nano"), 0).beit.state_dict()[name.removeprefix("beit.")]
+    for steps in (1, 2, 3, 4):
+        run(*flags, "--steps", steps, run_dir=tmp_path / str(steps))
+        w = AutoModelForImageClassification.from_pretrained(tmp_path / str(steps) / "model").state_dict()[name]
+        expected = 0.25 * expected + 0.75 * w
+    average = AutoModelForImageClassification.from_pretrained(tmp_path / "average" / "model").state_dict()[name]
+    torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(average, w, atol=1e-6)
 
 
 @pytest.mark.parametrize("extra", [(), FULL])
@@ -458,6 +521,8 @@ def test_upload_with_the_call_replaced(run, monkeypatch, tmp_path):
         ("--random-init nano --image-size 30", "--image-size 30 is not divisible by the patch of 4 pixels"),
         ("--random-init nano --batch-size 1 --mixup 0.8", "--mixup and --cutmix mix the images of a batch"),
         ("--random-init nano --eval-only", "--eval-only: random init nano has no classifier yet"),
+        ("--random-init nano --ema 0.9999", "--ema 0.9999 averages over more steps than a third of the 3000"),
+        ("--random-init nano --pooling max", "--pooling is max: it is mean or class"),
         ("--random-init nano --layer-decay 1.5", "--layer-decay is 1.5: it must lie between 0 and 1"),
         ("--random-init nano --randaugment 40", "--randaugment is 40: it must lie between 0 and 30"),
         ("--random-init nano --val-split dev", "has no split 'dev'"),

@@ -861,8 +861,9 @@ def train_heads(probe, train_source, val_source, checkpoint):
         if not any(value is not None for value in losses):
             raise RunError(f"the loss of every head is not finite at step {done}: try a smaller --lr")
         epoch, found = round(done / steps_per_pass, 4) if steps_per_pass else None, {}
-        if evaluates:
+        if evaluates or writes:  # a checkpoint holds one rank's statistics for all
             join_statistics(accelerator, bare)
+        if evaluates:
             heads.eval()
             accuracy, images = evaluate(accelerator, bare, to_evaluate(), (len(settings),))
             heads.train()

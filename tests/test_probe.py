@@ -400,6 +400,7 @@ bank = work.extract(source, probe.pooled, "val")
 near = probe.knn(accelerator, *bank, *bank, 2, (3, 10), (0.07,))
 if accelerator.is_main_process:
     print(json.dumps([accuracy, images, near]))
+accelerator.end_training()
 """
 
 

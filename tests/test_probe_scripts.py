@@ -4,9 +4,11 @@ import json
 import shutil
 
 import pytest
+import torch
 from hub import serve
 from images import noise_png, write_parquet
 from launch import launch, log_of, succeeded
+from safetensors.torch import load_file
 
 from cae import CAE, CAEConfig, to_beit
 
@@ -15,6 +17,7 @@ from cae import CAE, CAEConfig, to_beit
 def encoder(tmp_path_factory):
     """A model/ folder with random weights."""
     folder = tmp_path_factory.mktemp("encoder") / "model"
+    torch.manual_seed(0)
     CAE(CAEConfig.from_size("nano")).save_pretrained(folder)
     return folder
 
@@ -77,6 +80,9 @@ def test_a_probe_resumes_in_two_processes(encoder, tmp_path):
     assert all(resumed[name] == expected[name] for name in ("top1", "top5", "heads", "best", "knn"))
     for a, b in zip(log_of(tmp_path / "resumed"), log_of(tmp_path / "whole"), strict=True):
         assert (a["step"], a["loss_heads"]) == (b["step"], b["loss_heads"])
+    ours, theirs = (load_file(tmp_path / name / "checkpoints" / "step_00000004" / "model.safetensors")
+                    for name in ("resumed", "whole"))  # fmt: skip
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs), "the statistics of BatchNorm included"
 
 
 @pytest.mark.parametrize("command", [("knn",), ("linear", "--cache-features", "--steps", "2"),

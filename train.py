@@ -17,15 +17,19 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import pickle
 import re
 import shutil
+import signal
 import sys
 import tarfile
 import time
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,7 +47,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image, ImageFile
@@ -83,6 +87,13 @@ class RunError(Exception):
     """The run itself went wrong: one line; exit code 1."""
 
 
+class PeerError(RunError):
+    """Another process of this run died or does not answer: nothing that waits for it may follow."""
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # a preempted machine, Slurm, Ctrl-C
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Arguments. Values of None follow from others; `resolve` fills them in.
 
@@ -113,6 +124,8 @@ class ImagesArgs:
     """Images per process and forward pass. Default: 256, or the effective batch size's share if that is less."""
     workers: AutoInt = None
     """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 8."""
+    patience: float = 30.0
+    """Minutes that a data server may stay away before the run ends, with a checkpoint."""
 
 
 @dataclass
@@ -121,6 +134,9 @@ class DataArgs(ImagesArgs):
 
     effective_batch_size: AutoInt = None
     """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 64)."""
+    parts: AutoInt = None
+    """Parts that every pass is divided into, each with an order of its own; a multiple of the number of processes. A
+    resumed run keeps them, on fewer processes too. Default: the number of processes."""
     shuffle_window: int = 512
     """Streams: images of a worker that are shuffled among each other."""
     interleave: int = 4
@@ -149,6 +165,8 @@ class DeviceArgs:
     """Autocast. auto: bf16 on a GPU that has it, otherwise fp32."""
     compile: bool = False
     """Compile the model, or the frozen encoder, with torch.compile."""
+    timeout: float = 10.0
+    """Minutes that a process waits for another one, beyond --patience, before the run ends."""
 
 
 @dataclass
@@ -164,9 +182,15 @@ class RunArgs(DeviceArgs):
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 3
-    """Checkpoints kept in the run folder."""
+    """Last checkpoints that are kept."""
+    milestone_every: int = 0
+    """Steps between checkpoints that are kept for good; 0: none."""
     resume: str = "auto"
     """auto: continue the run folder; never: refuse one that holds a run; PATH: start from this checkpoint or run."""
+    resume_changed: bool = False
+    """Continue with other values than the run began with; they are listed in config.json."""
+    max_bad_steps: int = 10
+    """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
     """Accelerate tracker that receives every logged value, beside log.jsonl."""
 
@@ -344,20 +368,30 @@ def resolve_run(data, run, world, batch, effective, epochs):
     if run.steps is None:
         default(run, "epochs", epochs)
     resolve_images(data)
-    given = data.effective_batch_size is not None
+    given, old = data.effective_batch_size is not None, values_of_run(run)
+    default(data, "parts", old.get("parts", world))
+    fits = [str(n) for n in range(1, data.parts + 1) if data.parts % n == 0]
+    require(
+        data.parts > 0 and data.parts % world == 0,
+        f"--parts {data.parts}{' of the run that is resumed' if old.get('parts') == data.parts else ''} cannot be "
+        f"shared by {world} processes: use {' or '.join(fits) or 'a positive number'}",
+    )
+    default(data, "batch_size", old.get("batch_size"))
     default(data, "effective_batch_size", effective)
-    default(data, "batch_size", max(1, min(batch, data.effective_batch_size // world)))
-    per_pass = data.batch_size * world
-    nearest = per_pass * max(1, round(data.effective_batch_size / per_pass))
+    default(data, "batch_size", max(1, min(batch, data.effective_batch_size // data.parts)))
+    together = data.batch_size * data.parts
+    nearest = together * max(1, round(data.effective_batch_size / together))
     if not given:  # the recipe's, as near as this number of processes comes to it
         data.effective_batch_size = nearest
-    for name, group in (("effective_batch_size", data), ("shuffle_window", data),
-                        ("interleave", data), ("log_every", run), ("checkpoint_every", run), ("keep", run)):
+    for name, group in (("effective_batch_size", data), ("shuffle_window", data), ("interleave", data),
+                        ("log_every", run), ("checkpoint_every", run), ("keep", run), ("max_bad_steps", run),
+                        ("timeout", run)):
         require(getattr(group, name) > 0, f"--{name.replace('_', '-')} is {getattr(group, name)}: it must be positive")
+    require(run.milestone_every >= 0, f"--milestone-every is {run.milestone_every}: it must not be negative")
     require(
-        data.effective_batch_size % per_pass == 0,
+        data.effective_batch_size % together == 0,
         f"--effective-batch-size {data.effective_batch_size} is not a multiple of --batch-size {data.batch_size} times "
-        f"{world} processes: try {nearest}",
+        f"{data.parts} {'processes' if data.parts == world else 'parts'}: try {nearest}",
     )
     length = run.steps if run.epochs is None else run.epochs
     require(length > 0, f"--{'steps' if run.epochs is None else 'epochs'} is {length}: it must be positive")
@@ -762,9 +796,9 @@ class RowChunks(torch.utils.data.Dataset):
     """Data on disk: chunk j of a rank's stream. A pass is a permutation keyed by (seed, pass), of which rank r takes
     every world-th image from the r-th on: the parts differ by at most one image."""
 
-    def __init__(self, source, prepare, size, seed, rank, world):
+    def __init__(self, source, prepare, size, seed, rank, world, first_pass):
         self.source, self.prepare, self.size, self.seed = source, prepare, size, seed
-        self.rank, self.world = rank, world
+        self.rank, self.world, self.first_pass = rank, world, first_pass
         self.part = len(range(rank, source.num_images, world))
         self.order = lru_cache(2)(self.order)
 
@@ -773,7 +807,7 @@ class RowChunks(torch.utils.data.Dataset):
 
     def __getitem__(self, j):
         places = [divmod(i, self.part) for i in range(j * self.size, (j + 1) * self.size)]
-        rows = [(epoch, self.order(epoch)[i]) for epoch, i in places]
+        rows = [(self.first_pass + epoch, self.order(self.first_pass + epoch)[i]) for epoch, i in places]
         wanted = ((epoch, row, self.source.data[row]) for epoch, row in rows)
         return {**load_chunk(self.source, self.prepare, self.seed, wanted), "after": j + 1}
 
@@ -853,19 +887,24 @@ class Stream:
     Data on disk: one DataLoader, whose chunks arrive in order whatever the number of its workers. Streams: a DataLoader
     for each worker; they are asked in turn, without those whose part of the pass has ended, until it has ended for
     all. (One DataLoader over several workers would let those with fewer shards run ahead into the next pass.)
-    `state_dict()` is a place from which another Stream continues with the very next image.
+    `state_dict()` is a place from which another Stream continues with the very next image, in the division that the
+    first one had.
     """
 
-    def __init__(self, source, prepare, data, seed, rank=0, world=1, state=None):
+    def __init__(self, source, prepare, data, seed, rank=0, world=1, state=None, first_pass=0):
         self.size = data.batch_size
         self.part = max(1, (source.num_images or 1000) // world)  # images of a rank's pass
-        self.layout = {"streaming": source.streaming, "processes": world, "batch_size": self.size}
+        was = state["layout"] if state else {}
+        first_pass = was.get("first_pass", first_pass)
+        self.layout = {"streaming": source.streaming, "parts": world, "batch_size": self.size, "first_pass": first_pass}
+        self.in_process = not data.workers
         if source.streaming:
             # A worker without a shard would idle, so there are never more workers than the poorest rank has shards.
             readers = min(max(data.workers, 1), source.data.num_shards // world)
-            if rank == 0 and readers < data.workers:
-                print(f"shards: {source.data.num_shards}, processes: {world}; loading workers of each process: "
-                      f"{readers} instead of {data.workers}", file=sys.stderr)  # fmt: skip
+            readers = was.get("workers", readers)
+            if rank == 0 and readers != data.workers and data.workers:
+                why = "as the run began" if was else f"shards: {source.data.num_shards}, processes: {world}"
+                print(f"{why}; loading workers of each process: {readers} instead of {data.workers}", file=sys.stderr)
             self.layout["workers"] = readers
             shares = [
                 ShardChunks(
@@ -873,33 +912,41 @@ class Stream:
                 )
                 for w in range(readers)
             ]
-            beginning = [share.start for share in shares]
+            beginning = [share.beginning(first_pass) for share in shares]
         else:
             beginning = [0]
         state = state or {"layout": self.layout, "taken": 0, "places": beginning, "ended": [], "turn": 0, "read": 0,
-                          "skipped": 0}  # fmt: skip
+                          "skipped": 0, "pass": first_pass, "seen": 0}  # fmt: skip
         if state["layout"] != self.layout:
-            was = state["layout"]
             changes = [f"{k} {was.get(k)} -> {v}" for k, v in self.layout.items() if was.get(k) != v]
             raise UserError(f"the checkpoint divides the data otherwise ({', '.join(changes)}): keep the old values")
         self.place = {k: state[k] for k in ("places", "ended", "turn", "read", "skipped")}
-        options = dict(batch_size=None, prefetch_factor=2 if data.workers else None)
+        self.epoch, self.seen = state["pass"], state["seen"]  # of the last image; a fingerprint of all so far, in order
+        options = dict(batch_size=None, prefetch_factor=2 if data.workers else None, worker_init_fn=ignore_signals)
         if source.streaming:
             for share, place in zip(shares, self.place["places"], strict=True):
                 share.start = place
             self.loaders = [iter(DataLoader(s, num_workers=min(data.workers, 1), **options)) for s in shares]
         else:
-            rows, first = RowChunks(source, prepare, self.size, seed, rank, world), self.place["places"][0]
+            rows = RowChunks(source, prepare, self.size, seed, rank, world, first_pass)
+            first = self.place["places"][0]
             self.loaders = [iter(DataLoader(rows, sampler=itertools.count(first), num_workers=data.workers, **options))]
         self.buffer, self.buffered, self.taken, self.skipped_names = [], 0, 0, []
         while self.buffered < state["taken"]:
             self._pull()
         self.taken, self.buffered = state["taken"], self.buffered - state["taken"]
+        self.skipped_names = []  # named before the checkpoint
+
+    @property
+    def skipped(self):
+        """Files that could not be used, so far."""
+        return self.place["skipped"]
 
     def state_dict(self):
         """The place before the next image: plain numbers, fit for JSON."""
         place = self.buffer[0][0] if self.buffer else self.place
-        return copy.deepcopy({"layout": self.layout, "taken": self.taken, **place})
+        more = {"layout": self.layout, "taken": self.taken, "pass": self.epoch, "seen": self.seen}
+        return copy.deepcopy({**more, **place})
 
     def _pull(self):
         """Append the next chunk to the buffer, with the place before it. Raises UserError for too many bad files."""
@@ -907,7 +954,12 @@ class Stream:
         while place["turn"] in place["ended"]:
             place["turn"] = (place["turn"] + 1) % len(self.loaders)
         turn = place["turn"]
-        chunk = next(self.loaders[turn])
+        try:
+            chunk = next(self.loaders[turn])
+        except (RuntimeError, OSError, EOFError) as error:
+            if self.in_process or str(error).startswith("Caught "):  # raised by what a loading process does
+                raise
+            raise RunError(f"a loading process was killed; is there enough memory? {first_line(error)}") from error
         place["places"][turn] = chunk.pop("after")
         place["turn"] = (turn + 1) % len(self.loaders)
         if "end" in chunk:
@@ -944,7 +996,16 @@ class Stream:
                 self.buffer.pop(0)
                 self.taken = 0
         self.buffered -= self.size
-        return parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        batch = parts[0] if len(parts) == 1 else {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        self.epoch = int(batch["ids"][-1, 0])
+        self.seen = key(self.seen, batch["ids"].numpy().tobytes())
+        return batch
+
+
+def ignore_signals(worker):
+    """Loading processes leave signals to the process that they load for, until it ends them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class PassRows(torch.utils.data.Dataset):
@@ -977,7 +1038,7 @@ def one_pass(source, prepare, batch_size, workers, rank=0, world=1):
 
 
 def pass_chunks(source, prepare, size, workers, rank, world):
-    options = dict(batch_size=None, prefetch_factor=2 if workers else None)
+    options = dict(batch_size=None, prefetch_factor=2 if workers else None, worker_init_fn=ignore_signals)
     if not source.streaming:
         yield from DataLoader(PassRows(source, prepare, size, rank, world), num_workers=workers, **options)
         return
@@ -1273,39 +1334,104 @@ def publish(temporary, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+def publish_files(folder, write):
+    """Let write(temporary folder) write files, and move them into `folder`, each replacing its older self in one go: a
+    reader finds a whole model at any moment."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write(temporary)
+    folder.mkdir(exist_ok=True)
+    for file in sorted(temporary.iterdir()):
+        fsync(file)
+        file.replace(folder / file.name)
+    fsync(folder)
+    temporary.rmdir()
+
+
 def checkpoints(run_dir):
     """Finished checkpoints of a run folder, oldest first."""
     return sorted(p for p in (Path(run_dir) / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
 
 
-def save_checkpoint(accelerator, run_dir, step, stream, keep, model=None, **more):
-    """checkpoints/step_..., with the place of every rank in the data and whatever JSON can hold `more`, then model/.
-    Called on all ranks."""
+SUMS = "SHA256SUMS"  # of a checkpoint's files, as `sha256sum --check` reads it
+
+
+def sha256(path):
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def damage(checkpoint):
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        lines = (checkpoint / SUMS).read_text().splitlines()
+        sums = {name: digest for digest, name in (line.split(maxsplit=1) for line in lines)}
+        if "trainer.json" not in sums:
+            return f"{SUMS} is cut short"
+        for name, digest in sums.items():
+            if not (checkpoint / name).is_file():
+                return f"{name} is missing"
+            if sha256(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+        return None
+    except (OSError, ValueError) as error:
+        return f"{SUMS} cannot be read: {first_line(error)}"
+
+
+def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, **more):
+    """checkpoints/step_..., with the place of every part of the data and whatever JSON can hold `more`; then model/, by
+    write_model(folder). Called on all ranks. Returns what went wrong (a full disk), or None: then nothing of what was
+    there before has changed."""
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     temporary = folder.with_name(folder.name + ".tmp")
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(temporary))
-    (temporary / f"data_{accelerator.process_index}.json").write_text(json.dumps(stream.state_dict()))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        (temporary / "trainer.json").write_text(json.dumps({"step": step, **more}))
-        publish(temporary, folder)
-        if model is not None:
-            temporary = run_dir / "model.tmp"
+    rank, world = accelerator.process_index, accelerator.num_processes
+
+    def attempt(work):
+        """work() on this rank; the first problem of any rank."""
+        problem = None
+        try:
+            work()
+        except (OSError, RuntimeError, SafetensorError) as error:
+            problem = first_line(error)
+        return next((problem for problem in gather_object([problem]) if problem), None)
+
+    def begin():
+        if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-            accelerator.unwrap_model(model).save_pretrained(temporary)
-            publish(temporary, run_dir / "model")
-        for old in checkpoints(run_dir)[:-keep]:
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+            temporary.mkdir(parents=True)
+
+    def write():
+        accelerator.save_state(str(temporary))
+        for turn, place in enumerate(places):
+            (temporary / f"data_{rank + world * turn}.json").write_text(json.dumps(place))
+
+    def finish():
+        if rank == 0:
+            (temporary / "trainer.json").write_text(json.dumps({"step": step, **more}))
+            lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
+            (temporary / SUMS).write_text("".join(lines))
+            publish(temporary, folder)
+            if write_model:
+                publish_files(run_dir / "model", write_model)
+            every = run.milestone_every
+            for old in checkpoints(run_dir)[: -run.keep]:
+                if not every or int(old.name.removeprefix("step_")) % every:
+                    shutil.rmtree(old)
+
+    problem = attempt(begin) or attempt(write) or attempt(finish)
+    if problem and rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return problem
 
 
 # What may differ between a run and its continuation.
-VOLATILE = {"run_dir", "resume", "log_every", "checkpoint_every", "keep", "tracker", "compile", "workers"}
+VOLATILE = {"run_dir", "resume", "resume_changed", "log_every", "checkpoint_every", "keep", "milestone_every"}
+VOLATILE |= {"tracker", "compile", "workers", "timeout", "patience", "max_bad_steps"}
 VOLATILE |= {"checkpoint", "beside", "push_to_hub"}  # of probe.py and finetune.py, which know an encoder by its weights
+# What decides which image comes when. With other values the data begin anew.
+ORDER = {"dataset", "split", "image_column", "streaming", "num_images", "seed", "batch_size", "parts", "shuffle_window",
+         "interleave"}  # fmt: skip
 
 
 def digest(module):
@@ -1317,46 +1443,79 @@ def digest(module):
     return hasher.hexdigest()
 
 
-def check_same_run(values, run_dir):
-    """Raises UserError if the folder holds a run of other values {name: value}, and names them."""
-    written = Path(run_dir) / "config.json"
-    if not written.exists() or not (checkpoints(run_dir) or (Path(run_dir) / "log.jsonl").exists()):
-        return  # nothing has begun there
+@dataclass
+class Resume:
+    """Where a run goes on, or begins."""
+
+    candidates: list
+    """Checkpoints to start from, the best first."""
+    changed: dict
+    """{name: [old value, new value]} of what --resume-changed allows."""
+    history: list
+    """Changes of before."""
+
+
+def config_of_run(folder):
+    """config.json of a run folder in which something has begun, or {}. Raises UserError."""
+    written = Path(folder) / "config.json"
+    if not written.exists() or not (checkpoints(folder) or (Path(folder) / "log.jsonl").exists()):
+        return {}
     try:
-        old = json.loads(written.read_text())["args"]
-    except (ValueError, KeyError, TypeError) as error:
+        config = json.loads(written.read_text())
+        return {**config, "args": dict(config["args"])}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{written} is damaged: {first_line(error)}; choose another --run-dir") from error
-    new = json.loads(json.dumps(values))
-    names = [name for name in {**old, **new} if name not in VOLATILE and old.get(name) != new.get(name)]
-    if names:
+
+
+def run_to_resume(run):
+    """(run folder, checkpoint or None) that --resume names. Raises UserError."""
+    if run.resume in ("auto", "never"):
+        return Path(run.run_dir), None
+    path = Path(run.resume)
+    if (path / "trainer.json").exists():
+        return path.resolve().parent.parent, path
+    if not checkpoints(path):
+        raise UserError(f"--resume {path} is neither a checkpoint nor a run folder with one")
+    return path, None
+
+
+def values_of_run(run):
+    """The arguments of the run that is resumed, or {}. Raises UserError."""
+    return config_of_run(run_to_resume(run)[0]).get("args", {})
+
+
+def compare_runs(values, folder, config, allowed):
+    """{name: [old, new]} of what differs from a run's config.json. Raises UserError if there is any, unless allowed."""
+    old, new = config.get("args", {}), json.loads(json.dumps(values))
+    names = [name for name in {**old, **new} if name not in VOLATILE and old.get(name) != new.get(name)] if old else []
+    if names and not allowed:
         changes = "; ".join(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
         raise UserError(
-            f"run folder {run_dir} holds a run of another configuration ({changes}): "
-            "pass its values, or another --run-dir"
+            f"run folder {folder} holds a run of another configuration ({changes}): "
+            "pass its values, or another --run-dir, or --resume-changed to go on with the new ones"
         )
+    return {name: [old.get(name), new.get(name)] for name in names}
 
 
 def prepare_run_dir(run, values):
-    """Check the run folder, and find the checkpoint to start from (None: from scratch). Raises UserError.
+    """Check the run folder, and find what to start from: a Resume. Raises UserError.
 
     Order: --resume PATH; then, with auto, the last checkpoint of the run folder; else from scratch.
     """
-    run_dir, resume = Path(run.run_dir), run.resume
-    check_same_run(values, run_dir)
+    run_dir = Path(run.run_dir)
+    own = config_of_run(run_dir)
+    compare_runs(values, run_dir, own, run.resume_changed)
     found = checkpoints(run_dir)
-    start = found[-1] if found else None
-    if resume == "never" and found:
+    if run.resume == "never" and found:
         raise UserError(f"run folder {run_dir} already holds a run: pass --resume auto, or another --run-dir")
-    if resume not in ("auto", "never"):
-        start = Path(resume)
-        start = start if (start / "trainer.json").exists() else next(reversed(checkpoints(start)), None)
-        if start is None:
-            raise UserError(f"--resume {resume} is neither a checkpoint nor a run folder with one")
-        check_same_run(values, start.resolve().parent.parent)
-        if found and found[-1].name > start.name:
-            raise UserError(f"run folder {run_dir} goes on to {found[-1].name}: to branch off, pass another --run-dir")
+    folder, checkpoint = run_to_resume(run)
+    candidates = [checkpoint] if checkpoint else checkpoints(folder)[::-1]
+    if run.resume not in ("auto", "never") and found and found[-1].name > candidates[0].name:
+        raise UserError(f"run folder {run_dir} goes on to {found[-1].name}: to branch off, pass another --run-dir")
+    config = config_of_run(folder)
+    changed = compare_runs(values, folder, config, run.resume_changed) if candidates else {}
     make_run_dir(run_dir / "checkpoints")
-    return start
+    return Resume(candidates, changed, config.get("changed", []))
 
 
 def make_run_dir(folder):
@@ -1370,19 +1529,79 @@ def make_run_dir(folder):
         raise UserError(f"run folder {folder} is not writable: {error.strerror}; choose another --run-dir") from error
 
 
-def load_checkpoint(accelerator, path):
-    """Model and optimizer in place; returns trainer.json's object, and this rank's place in the data. Raises
-    UserError."""
+def tidy(run_dir):
+    """Take away what an earlier process left behind in the middle of a write."""
+    for old in Path(run_dir, "checkpoints").glob("step_*.old"):  # between the two renames of publish
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    for left in [*Path(run_dir).glob("*.tmp"), *Path(run_dir, "checkpoints").glob("step_*.*")]:
+        if left.suffix in (".tmp", ".old"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+def sound_checkpoint(accelerator, candidates, run_dir):
+    """The first candidate whose files are what was written, None if there are none. A damaged one is named; in the
+    run's own folder it is set aside. Raises UserError if all are damaged. Called on all ranks."""
+    found, problems = [None], []
+    if accelerator.is_main_process:
+        tidy(run_dir)
+        for path in candidates:
+            problem = damage(path)
+            if problem is None:
+                found = [str(path)]
+                break
+            problems.append(f"checkpoint {path} is damaged: {problem}")
+            print(f"warning: {problems[-1]}; trying the one before", file=sys.stderr)
+            if path.parent == Path(run_dir) / "checkpoints" and len(problems) < len(candidates):
+                aside = path.with_name(path.name + ".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                path.rename(aside)
+    (found, problems) = broadcast_object_list([found[0], problems])
+    if candidates and not found:
+        raise UserError(f"{problems[0]}; there is no other one: pass another --run-dir, or --resume PATH")
+    return found and Path(found)
+
+
+def load_checkpoint(accelerator, resume, run_dir, parts):
+    """Model and optimizer in place; returns trainer.json's object and the places of this rank's parts of the data, None
+    each where there is no checkpoint or the data begin anew (then trainer["first_pass"] says where). Raises UserError.
+    """
+    rank, world = accelerator.process_index, accelerator.num_processes
+    path = sound_checkpoint(accelerator, resume.candidates, run_dir)
+    if path is None:
+        return {"step": 0, "first_pass": 0}, [None] * (parts // world)
     try:
         accelerator.load_state(str(path))
         trainer = json.loads((path / "trainer.json").read_text())
-        trainer["step"]
-        place = path / f"data_{accelerator.process_index}.json"
-        if not place.exists():
-            raise UserError(f"{path} was written by fewer processes than the {accelerator.num_processes} of now")
-        return trainer, json.loads(place.read_text())
-    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError) as error:
-        raise UserError(f"checkpoint {path} does not fit or is damaged: {first_line(error)}") from error
+        places = [json.loads(file.read_text()) for file in sorted(path.glob("data_*.json"))]
+        trainer = {"path": str(path), "first_pass": 0, "step": trainer.pop("step"), **trainer}
+        if ORDER & set(resume.changed):
+            trainer["first_pass"] = 1 + max(place["pass"] for place in places)
+            return trainer, [None] * (parts // world)
+        return trainer, [json.loads((path / f"data_{i}.json").read_text()) for i in range(rank, parts, world)]
+    except (OSError, RuntimeError, ValueError, SafetensorError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        raise UserError(f"checkpoint {path} does not fit: {first_line(error)}") from error
+
+
+def report_resume(resume, trainer, total, run_dir):
+    """Say where the run goes on."""
+    if "path" in trainer:
+        done = trainer["step"] >= total
+        print(f"{run_dir} is complete: {trainer['step']} steps" if done else f"continuing from {trainer['path']}")
+    for name, (old, new) in resume.changed.items():
+        print(f"  changed: {name} {old} -> {new}")
+    if trainer["first_pass"]:
+        print(f"  the data begin anew, with pass {trainer['first_pass']}")
+    sys.stdout.flush()
+
+
+def write_config(run_dir, values, model, resume, trainer):
+    """config.json: the arguments in use, the model, and what --resume-changed let differ, from which step on."""
+    changed = resume.history
+    if resume.changed:
+        changed = [*changed, {"step": trainer["step"], "values": resume.changed}]
+    config = {"args": values, "model": model, **({"changed": changed} if changed else {})}
+    write_aside(Path(run_dir) / "config.json", json.dumps(config, indent=2))
 
 
 class Log:
@@ -1395,6 +1614,8 @@ class Log:
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
             kept = [line for line in lines if json.loads(line)["step"] <= start]
             write_aside(self.path, "".join(line + "\n" for line in kept))
+        # a full disk may cut a line off: it is written again, after the last whole one
+        self.size, self.pending = self.path.stat().st_size if self.main and self.path.exists() else 0, ""
         bar = self.main and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, unit="step", disable=not bar, dynamic_ncols=True, smoothing=0.05)
         self.began, self.top1 = time.perf_counter(), ""
@@ -1403,10 +1624,15 @@ class Log:
         """One line of the log; in the terminal too, if shown."""
         if not self.main:
             return
-        # fp16's scaler may leave a norm that is not finite, for which JSON has no number
-        values = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with self.path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        values = json.loads(json.dumps(values), parse_constant=lambda _: None)  # JSON has no number for nan
+        self.pending += json.dumps(values) + "\n"
+        try:
+            with self.path.open("ab") as file:
+                file.truncate(self.size)
+                file.write(self.pending.encode())
+            self.size, self.pending = self.size + len(self.pending.encode()), ""
+        except OSError as error:
+            tqdm.write(f"warning: {self.path} cannot be written: {first_line(error)}", file=sys.stderr)
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=values["step"])
         loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
         line = (f"loss {loss}  {values['images_per_second']:.0f} images/s  "
@@ -1423,6 +1649,15 @@ class Log:
             self.bar.set_postfix_str(line)
         for name in values.get("skipped_files", []):
             tqdm.write(f"skipped {name}", file=sys.stderr)
+
+
+    def sync(self):
+        """See that a line is there whenever the checkpoint of its step is."""
+        if self.main and self.path.exists() and not self.pending:
+            fsync(self.path)
+
+    def close(self):
+        self.bar.close()
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1466,24 +1701,252 @@ def all_or_none(accelerator):
         raise UserError(mistakes[0])
 
 
+class Peers:
+    """What the processes of a run tell each other between steps, from host to host: no device is waited for.
+
+    From here on SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop; a second Ctrl-C ends the process at once.
+    """
+
+    def __init__(self, processes, minutes):
+        self.signal, self.group = None, None
+        if processes > 1:
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        # torch reports the death of a loading process wherever the program is; here, when its data are asked for
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def note(self, number, frame):
+        self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def most(self, value):
+        """The largest value of all processes."""
+        if self.group is None:
+            return value
+        value = torch.tensor(value)
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, self.group)
+        return value.item()
+
+    def close(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def dead_peers():
+    """Errors of the connection to other processes become a PeerError."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo's have no class of their own
+        if not isinstance(error, torch.distributed.DistError) and "gloo" not in str(error):
+            raise
+        raise PeerError(
+            f"another process of this run has died or does not answer ({first_line(error)[:200]}); "
+            "the same command continues from the last checkpoint"
+        ) from error
+
+
+class Interruption(Exception):  # noqa: N818 (no error)
+    """No further step: a stop was asked for or, in __cause__, this process has no data."""
+
+
+@dead_peers()
+def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state=dict, write_model=None,
+        evaluate=None, eval_every=1.0):  # fmt: skip
+    """Take the steps from trainer["step"] to `total`, whatever happens on the way; all scripts train by this loop.
+
+    learn(step, batches) -> dict takes one optimizer step on this process's micro-batches. Of what it returns tensors
+    are averaged over steps and processes and logged, numbers logged as they are, and "bad", a boolean tensor, says
+    that the step was skipped. evaluate(step, epoch) -> dict is called every `eval_every` passes and at the end, on all
+    ranks; what it returns is logged. state() -> dict, also on all ranks, is what a checkpoint has to hold besides the
+    model, write_model(folder) writes model/.
+
+    Raises RunError, UserError, and SystemExit(0) when a signal stopped the run after a checkpoint.
+    """
+    rank, world, device, run_dir = accelerator.process_index, accelerator.num_processes, accelerator.device, run.run_dir
+    run_dir, start, effective = Path(run_dir), trainer["step"], data.effective_batch_size
+    accumulation, scaled = effective // (data.batch_size * world), accelerator.scaler is not None
+    steps_per_pass = source.num_images / effective if source.num_images else None
+    log, peers = Log(accelerator, run_dir, start, total), Peers(world, run.timeout + data.patience)
+    # skipped steps: the row that is not over yet, the longest row since the last look, all
+    bad = torch.tensor([0, 0, trainer.get("bad_steps", 0)], device=device)
+    sums, numbers, good, steps, waited, since = {}, {}, 0, 0, 0.0, time.perf_counter()
+    saved, due = start, False
+
+    def micro_batches(step):
+        """This process's batches of one step, each when all processes have theirs."""
+        nonlocal waited
+        for micro in range(accumulation):
+            asked, turn, trouble = time.perf_counter(), micro % len(streams), None
+            try:
+                batch = next(streams[turn])
+            except Exception as error:  # a server that stays away, bad files, a loading process that died
+                trouble = error
+            asks_to_stop = peers.signal and micro == 0
+            if peers.most(2 if trouble else 1 if asks_to_stop else 0):
+                raise Interruption from trouble
+            waited += time.perf_counter() - asked
+            # stochastic depth and the like: a function of the seed, the step and the part of the data
+            torch.manual_seed(key(run.seed, step, micro // len(streams), rank + world * turn))
+            yield batch
+
+    def save(step, places):
+        """Write a checkpoint; False if that was not possible, which is reported."""
+        nonlocal saved
+        log.sync()
+        problem = save_checkpoint(accelerator, run_dir, step, places, run, write_model,
+                                  bad_steps=bad[2].item(), **state())  # fmt: skip
+        saved = saved if problem else step
+        if problem and rank == 0:
+            last = next(reversed(checkpoints(run_dir)), "none")
+            tqdm.write(f"warning: the checkpoint of step {step} could not be written: {problem}; the run goes on and "
+                       f"tries again; the last checkpoint is {last}", file=sys.stderr)  # fmt: skip
+        return problem is None
+
+    def leave(step, places, trouble):
+        """Out of the loop before `step`, with a checkpoint."""
+        if saved != step and (scaled or not bad[0].item()):
+            save(step, places)
+        log.close()
+        peers.close()
+        found = [peers.signal, trouble and (isinstance(trouble, UserError), first_line(trouble))]
+        signals, troubles = zip(*gather_object([found]), strict=True)
+        trouble_of_any = next((t for t in troubles if t), None)
+        last = next(reversed(checkpoints(run_dir)), None)
+        going_on = f"the same command continues from {last}" if last else "there is no checkpoint yet"
+        if trouble_of_any is None:
+            if rank == 0:
+                print(f"stopped by {next(filter(None, signals))} after step {step}: {going_on}", flush=True)
+            accelerator.end_training()
+            raise SystemExit(0)
+        if trouble and not isinstance(trouble, (UserError, RunError)):
+            raise trouble
+        raise (UserError if trouble_of_any[0] else RunError)(f"{trouble_of_any[1]}; {going_on}") from trouble
+
+    for step in range(start, total):
+        places = [stream.state_dict() for stream in streams]
+        try:
+            values = learn(step, micro_batches(step))
+        except Interruption as interruption:
+            leave(step, places, interruption.__cause__)
+        skipped = values.pop("bad")
+        row = torch.where(skipped, bad[0] + 1, 0)
+        bad = torch.stack([row, torch.maximum(bad[1], row), bad[2] + skipped])
+        good, steps, done = good + ~skipped, steps + 1, step + 1
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                sums[name] = sums.get(name, 0) + torch.where(skipped, 0, value.detach())
+            else:
+                numbers[name] = value
+        log.bar.update()
+
+        evaluates = evaluate is not None and evaluates_at(step, total, steps_per_pass, eval_every)
+        writes = done == total or done % run.checkpoint_every == 0
+        writes = writes or (run.milestone_every and done % run.milestone_every == 0)
+        logs = done % run.log_every == 0
+        if not (logs or evaluates or writes):
+            continue
+        # the only place where the host waits for the device
+        counts = [sum(stream.skipped for stream in streams), sum(len(stream.skipped_names) for stream in streams)]
+        means = torch.cat([(value / good).flatten() for value in sums.values()])
+        means = torch.cat([means / world, torch.tensor(counts, dtype=means.dtype, device=device)])
+        *means, unusable, news = accelerator.reduce(means, "sum").tolist()
+        means = {name: [means.pop(0) for _ in range(value.numel())] for name, value in sums.items()}
+        means = {name: value if sums[name].ndim else value[0] for name, value in means.items()}
+        facts = torch.tensor([stream.seen for stream in streams], device=device)
+        facts = accelerator.gather(torch.cat([bad, facts])[None])                        # (world, 3 + streams)
+        row, longest, all_bad = facts[:, :3].amax(dim=0).tolist()
+        bad[1] = row
+        ends_badly = done == total and row and not scaled
+        if longest >= run.max_bad_steps or ends_badly:
+            last = next(reversed(checkpoints(run_dir)), None)
+            raise RunError(
+                f"loss or gradient was not finite in {longest} steps in a row, up to step {done}; the last good "
+                f"checkpoint is {last or 'none: none was written yet'}"
+            )
+        names = [name for stream in streams for name in stream.skipped_names]
+        names = gather_object(names) if news else []
+        for stream in streams:
+            stream.skipped_names = []
+        seconds, epoch = time.perf_counter() - since, round(done / steps_per_pass, 4) if steps_per_pass else None
+        found = evaluate(done, epoch) if evaluates else {}
+        log.write({
+            "step": done,
+            "epoch": epoch,
+            **means,
+            **found,
+            **numbers,
+            "images": done * effective,
+            "images_per_second": round(steps * effective / seconds, 1),
+            "data_wait": round(waited / seconds, 4),
+            "skipped": round(unusable),
+            "bad_steps": all_bad,
+            # a fingerprint of all images so far, in their order: equal for runs that have seen the same
+            "seen": f"{key(*facts[:, 3:].T.flatten().tolist()):016x}",
+            **({"skipped_files": names} if names else {}),
+        }, shown=logs or done == total)  # fmt: skip
+        if writes or due:
+            due = bool(row and not scaled) or not save(done, [stream.state_dict() for stream in streams])
+            for pause in growing_pauses(data.patience):
+                if not due or done < total:
+                    break
+                time.sleep(pause)
+                due = not save(done, [stream.state_dict() for stream in streams])
+            if due and done == total:
+                raise RunError(f"the last checkpoint could not be written: make room in {run_dir}, and start again")
+        sums, numbers, good, steps, waited, since = {}, {}, 0, 0, 0.0, time.perf_counter()
+    log.close()
+    peers.close()
+    if start >= total:  # a finished run: resumed by its path into a new folder, or cut off before model/ was written
+        if not checkpoints(run_dir):
+            save(start, [stream.state_dict() for stream in streams])
+        elif rank == 0 and write_model:
+            publish_files(run_dir / "model", write_model)
+
+
+def growing_pauses(minutes):
+    """1, 2, 4, ... 60, 60 seconds, for so many minutes."""
+    pause, total = 1.0, 0.0
+    while total < 60 * minutes:
+        yield pause
+        pause, total = min(2 * pause, 60.0), total + pause
+
+
+def evaluates_at(step, total, steps_per_pass, every):
+    """Whether to evaluate after this step: every so many passes, and at the end."""
+    passed, done = (steps_per_pass or math.inf) * every, step + 1
+    return done == total or int(done / passed + 1e-9) > int(step / passed + 1e-9)
+
+
+def finite(loss):
+    """A factor for the loss: 1, or nan where it is not finite, so that then every gradient of every process is nan."""
+    return 1 + 0 * loss.detach()
+
+
+def skip_if(bad, accelerator, optimizer):
+    """Let the next optimizer.step() do nothing if the device finds `bad` true, without the host knowing. With fp16 the
+    scaler does so itself."""
+    if accelerator.scaler is None:
+        optimizer.optimizer.found_inf = bad.float()  # what the scaler sets, too: fused AdamW looks at it
+
+
 def train(args):
     """Pretrain as `args` say. Raises UserError and RunError."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     args = resolve(args, world)
-    checkpoint = prepare_run_dir(args.run, flat(args))
+    resume = prepare_run_dir(args.run, flat(args))
     accelerator, precision = make_accelerator(args.run, args.run.tracker)
-    rank, device = accelerator.process_index, accelerator.device
+    rank, device, data = accelerator.process_index, accelerator.device, args.data
     run_dir = Path(args.run.run_dir)
     with all_or_none(accelerator):
-        source, teacher = open_source(args.data, world), build_teacher(args, model_config(args))
+        source, teacher = open_source(data, data.parts), build_teacher(args, model_config(args))
     config = model_config(args, target_dim=teacher.target_dim)
     teacher.to(device, {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision) if device.type != "cpu" else None)
 
-    batch_size, effective = args.data.batch_size, args.data.effective_batch_size
-    accumulation = effective // (batch_size * world)
-    total, steps_per_pass, warmup = length_of_run(args.run, args.data, source, args.recipe.warmup_epochs)
-    epochs = total / steps_per_pass if steps_per_pass else None
-    peak = args.recipe.lr * effective / 2048
+    accumulation = data.effective_batch_size // (data.batch_size * world)
+    total, steps_per_pass, warmup = length_of_run(args.run, data, source, args.recipe.warmup_epochs)
+    peak = args.recipe.lr * data.effective_batch_size / 2048
 
     torch.manual_seed(args.run.seed)
     model = CAE(config)
@@ -1492,95 +1955,52 @@ def train(args):
     if args.run.compile:
         model.compile(fullgraph=True)
     if accelerator.is_main_process:
-        write_aside(run_dir / "config.json",
-                    json.dumps({"args": flat(args), "model": dataclasses.asdict(config)}, indent=2))  # fmt: skip
         millions = sum(p.numel() for p in model.parameters()) / 1e6
+        epochs = round(total / steps_per_pass, 1) if steps_per_pass else "?"
         print(f"{config.method} {args.model.size}, {millions:.1f} M parameters, {num_masked(args, config)} of "
-              f"{config.num_patches} patches masked; {world} process{'es' * (world > 1)} x {batch_size} images x "
-              f"{accumulation} = {effective} images a step; {total} steps, {round(epochs or 0, 1) or '?'} epochs; "
+              f"{config.num_patches} patches masked; {world} process{'es' * (world > 1)} x {data.batch_size} images x "
+              f"{accumulation} = {data.effective_batch_size} images a step; {total} steps, {epochs} epochs; "
               f"{'fp32' if precision == 'no' else precision} on {device}; {run_dir}", flush=True)  # fmt: skip
     with warnings.catch_warnings():  # newer versions of torch rename broadcast_buffers, accelerate does not yet
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
         model, optimizer = accelerator.prepare(model, optimizer)
     model.train()
-    start, place = 0, None
-    if checkpoint:
-        trainer, place = load_checkpoint(accelerator, checkpoint)
-        start = trainer["step"]
-        if accelerator.is_main_process:
-            print(f"continuing from {checkpoint}" if start < total else f"{run_dir} is complete: {start} steps")
-    stream = Stream(source, Crops(args, config), args.data, args.run.seed, rank, world, place)
+    trainer, places = load_checkpoint(accelerator, resume, run_dir, data.parts)
+    if accelerator.is_main_process:
+        write_config(run_dir, flat(args), dataclasses.asdict(config), resume, trainer)
+        report_resume(resume, trainer, total, run_dir)
+    view = Crops(args, config)
+    streams = [Stream(source, view, data, args.run.seed, part, data.parts, place, trainer["first_pass"])
+               for part, place in zip(range(rank, data.parts, world), places, strict=True)]  # fmt: skip
     if args.run.tracker != "none":
         accelerator.init_trackers("cae", config={k: str(v) for k, v in flat(args).items()})
-    log = Log(accelerator, run_dir, start, total)
-    sums, steps, waited, since = {}, 0, 0.0, time.perf_counter()
-    first_bad = torch.full((), math.inf, device=device)  # first step whose loss or gradient was not finite
 
-    for step in range(start, total):
+    def learn(step, batches):
+        """One optimizer step."""
         lr = learning_rate(step, total, warmup, peak, args.recipe.min_lr)
         decay = cosine(step, total, args.recipe.weight_decay, args.recipe.weight_decay_end)
         for group in optimizer.param_groups:
             group["lr"], group["weight_decay"] = lr, decay if group["decay"] else 0.0
-        for micro in range(accumulation):
-            asked = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - asked
+        sums = {}
+        for micro, batch in enumerate(batches):
             pixels, visible, masked = (to_device(batch[name], device) for name in ("images", "visible", "masked"))
             pixels = pixels.float() / 255                                                # (B, 3, S, S)
             with torch.no_grad():
                 target = teacher(pixels)  # the one line in which targets are made
-            torch.manual_seed(key(args.run.seed, step, micro, rank))  # stochastic depth
             with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(model):
                 losses = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), visible, masked, target)
-                accelerator.backward(losses["loss"] / accumulation)
+                accelerator.backward(losses["loss"] * finite(losses["loss"]) / accumulation)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / accumulation
         norm = accelerator.clip_grad_norm_(model.parameters(), args.recipe.clip_grad or math.inf)
+        bad = ~torch.isfinite(norm)
+        skip_if(bad, accelerator, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm.detach()
-        # A loss that is not finite makes the norm so. With fp16 the scaler skips such steps by itself.
-        bad = ~torch.isfinite(sums["loss"] if precision == "fp16" else norm)
-        first_bad = torch.where(bad, first_bad.clamp(max=step + 1), first_bad)
-        steps, done = steps + 1, step + 1
-        log.bar.update()
+        return {**sums, "grad_norm": norm, "bad": bad, "lr": lr, "weight_decay": decay}
 
-        writes = done % args.run.checkpoint_every == 0 or done == total
-        if done % args.run.log_every == 0 or writes:  # the only place where the host waits for the device
-            values = [value / steps for value in sums.values()]
-            counts = (stream.place["skipped"], len(stream.skipped_names))
-            values += [torch.tensor(float(count), device=device) for count in counts]
-            *means, skipped, news = (accelerator.reduce(torch.stack(values), "sum") / world).tolist()
-            means = dict(zip(sums, means, strict=True))
-            bad = accelerator.gather(first_bad[None]).min().item()
-            if math.isfinite(bad):
-                good = checkpoints(run_dir)
-                raise RunError(
-                    f"loss or gradient is not finite at step {int(bad)}; the last good checkpoint is "
-                    f"{good[-1] if good else 'none: none was written yet'}"
-                )
-            names = gather_object(stream.skipped_names) if news else []
-            stream.skipped_names = []
-            seconds = time.perf_counter() - since
-            log.write({
-                "step": done,
-                "epoch": round(done * effective / source.num_images, 4) if source.num_images else None,
-                **means,
-                "lr": lr,
-                "weight_decay": decay,
-                "images": done * effective,
-                "images_per_second": round(steps * effective / seconds, 1),
-                "data_wait": round(waited / seconds, 4),
-                "skipped": round(skipped * world),
-                **({"skipped_files": names} if names else {}),
-            })  # fmt: skip
-            sums, steps, waited, since = {}, 0, 0.0, time.perf_counter()
-        if writes:
-            save_checkpoint(accelerator, run_dir, done, stream, args.run.keep, model)
-            since = time.perf_counter()
-    log.bar.close()
-    if start >= total and not checkpoints(run_dir):  # a finished run, resumed by its path into a new folder
-        save_checkpoint(accelerator, run_dir, start, stream, args.run.keep, model)
+    fit(accelerator, args.run, data, source, streams, learn, total, trainer,
+        write_model=lambda folder: accelerator.unwrap_model(model).save_pretrained(folder))  # fmt: skip
     if accelerator.is_main_process:
         print(f"done: {run_dir / 'model'} holds the model, {run_dir / 'log.jsonl'} the log")
     accelerator.end_training()
@@ -1591,9 +2011,21 @@ def command_line(work):
     try:
         work()
     except (UserError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, BadFilesError):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (BadFilesError, PeerError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, PeerError):
+            stop_workers()
+            os._exit(1)  # a proper end would wait for the dead
         sys.exit(1 if isinstance(error, RunError) else 2)
+    finally:
+        stop_workers()
+
+
+def stop_workers():
+    """End the loading processes, of which one may be waiting for a server."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for an accident
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def main():

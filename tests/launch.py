@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(*command, processes=1, cwd=ROOT, timeout=300, **environment):
-    """`script.py --flag value ...` in one process or under torchrun; the finished process with its output as text.
+def command_of(*command, processes=1):
+    """`script.py --flag value ...` in one process or under torchrun.
 
     `accelerate launch --cpu --num_processes 2` would silently start one process, hence torchrun.
     """
@@ -18,9 +18,17 @@ def launch(*command, processes=1, cwd=ROOT, timeout=300, **environment):
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0",
         "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0",
     ]  # fmt: skip
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
-    command = [*starter, *map(str, command)]
-    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    return [*starter, *map(str, command)]
+
+
+def environment_of(**more):
+    return {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+
+
+def launch(*command, processes=1, cwd=ROOT, timeout=300, **environment):
+    """The finished process of such a command, with its output as text."""
+    return subprocess.run(command_of(*command, processes=processes), cwd=cwd, env=environment_of(**environment),
+                          capture_output=True, text=True, timeout=timeout)  # fmt: skip
 
 
 def succeeded(process):

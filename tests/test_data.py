@@ -120,11 +120,27 @@ def test_seed_changes_order_and_augmentation(data_sets):
     assert not set(a["seeds"].tolist()) & set(b["seeds"].tolist())
 
 
+@pytest.mark.parametrize("kind", ["tar", "parquet", "folder"])
+@pytest.mark.parametrize(("before", "after"), [(2, 3), (2, 0), (0, 2)])
+def test_another_number_of_workers_continues_exactly(data_sets, kind, before, after):
+    """A stream keeps the division of the workers that it began with; on disk their number means nothing."""
+    streaming = kind != "folder"
+    stream, _ = open_stream(data_sets[kind], streaming, workers=before)
+    batches = [next(stream)["ids"] for _ in range(7)]
+    again, _ = open_stream(data_sets[kind], streaming, workers=after, state=stream.state_dict())
+    for _ in range(30):
+        batches.append(next(stream)["ids"])
+        assert torch.equal(next(again)["ids"], batches[-1])
+    assert again.seen == stream.seen
+
+
 def test_another_division_of_a_stream_is_refused(data_sets):
     stream, _ = open_stream(data_sets["tar"], True, workers=2)
     next(stream)
-    with pytest.raises(UserError, match="workers 2 -> 3"):
-        open_stream(data_sets["tar"], True, workers=3, state=stream.state_dict())
+    with pytest.raises(UserError, match="batch_size 5 -> 6"):
+        open_stream(data_sets["tar"], True, workers=2, batch_size=6, state=stream.state_dict())
+    with pytest.raises(UserError, match="parts 1 -> 2"):
+        open_stream(data_sets["tar"], True, world=2, workers=2, state=stream.state_dict())
 
 
 @pytest.mark.parametrize(("kind", "streaming"), [("parquet", True), ("tar", True), ("folder", False)])

@@ -1,0 +1,450 @@
+"""What a run survives: kills, signals, dead processes, full disks, damaged checkpoints, losses that are not finite."""
+
+import errno
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import threading
+import time
+
+import psutil
+import pytest
+import torch
+from faults import assert_same, kill_and_resume, last_step, ranks_of, start, wait_for
+from launch import command_of, environment_of, launch, log_of, succeeded
+from safetensors.torch import load_file, save_file
+
+import train
+from train import RunError, UserError, checkpoints, damage, publish_files
+
+FLAGS = ["--dataset", "demo", "--steps", "8", "--checkpoint-every", "3", "--log-every", "1", "--batch-size", "8",
+         "--effective-batch-size", "16", "--workers", "0", "--drop-path", "0.3"]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Runs in this process leave the other core to other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "cores_per_process", lambda: 1)
+        yield
+
+
+def run(run_dir, *flags):
+    """train.py in this process."""
+    train.train(train.parse([*FLAGS, "--run-dir", str(run_dir), *map(str, flags)]))
+
+
+def steps_of(run_dir):
+    return [int(path.name[5:]) for path in checkpoints(run_dir)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """Eight steps of two micro-batches each that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("reference") / "run"
+    run(folder)
+    return folder
+
+
+def copy_of(reference, folder, last=None):
+    """A copy of a run without its checkpoints after step `last`."""
+    shutil.copytree(reference, folder)
+    for path in checkpoints(folder):
+        if last is not None and int(path.name[5:]) > last:
+            shutil.rmtree(path)
+    return folder
+
+
+def after_step(monkeypatch, step, act):
+    """Call act() once the log has the line of this step."""
+    write = train.Log.write
+
+    def wrapped(self, values, **options):
+        write(self, values, **options)
+        if values["step"] == step:
+            act()
+
+    monkeypatch.setattr(train.Log, "write", wrapped)
+
+
+# ---------------------------------------------------------------------------------------------------------------- kills
+
+
+def test_a_killed_run_ends_as_if_nobody_had_killed_it(tmp_path):
+    """The short form of tests/faults.py: two processes, SIGKILL, once in the middle of a save."""
+    figures = kill_and_resume(tmp_path, kills=2, steps=14, seed=2)
+    assert figures["kills"] == 2 and figures["same"]
+
+
+# -------------------------------------------------------------------------------------------------------------- signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_signal_finishes_the_step_and_writes_a_checkpoint(name, reference, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        after_step(patch, 5, lambda: os.kill(os.getpid(), getattr(signal, name)))
+        with pytest.raises(SystemExit) as caught:
+            run(tmp_path / "run")
+    assert caught.value.code == 0
+    last = tmp_path / "run" / "checkpoints" / "step_00000005"
+    assert f"stopped by {name} after step 5: the same command continues from {last}" in capsys.readouterr().out
+    assert steps_of(tmp_path / "run") == [3, 5] and damage(last) is None
+    run(tmp_path / "run")
+    assert_same(tmp_path / "run", reference)
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
+    """Also that torchrun passes SIGTERM on, and that loading processes leave it to their trainer."""
+    flags = [*FLAGS[2:], "--steps", "400", "--checkpoint-every", "300", "--workers", "1"]
+    process = start(tmp_path / "run", *flags)
+    assert wait_for(process, lambda: last_step(tmp_path / "run") >= 3)
+    for child in ranks_of(process)[1].children():
+        child.terminate()
+    ranks_of(process)[1].send_signal(signal.SIGUSR1)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, output
+    (step,) = steps_of(tmp_path / "run")
+    assert f"stopped by SIGUSR1 after step {step}" in output
+    assert last_step(tmp_path / "run") == step
+    process = start(tmp_path / "run", *flags)
+    assert wait_for(process, lambda: last_step(tmp_path / "run") >= step + 3)
+    process.terminate()
+    output = process.communicate(timeout=60)[0]
+    assert re.search(r"stopped by SIGTERM after step \d+", output), output
+    assert len(steps_of(tmp_path / "run")) == 2 and damage(checkpoints(tmp_path / "run")[-1]) is None
+
+
+def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
+    """In the middle of a step that takes several seconds."""
+    flags = ["--steps", "4", "--batch-size", "16", "--effective-batch-size", "4096", "--workers", "1", "--parts", "1"]
+    process = start(tmp_path / "run", *flags, processes=1)
+    assert wait_for(process, lambda: (tmp_path / "run" / "config.json").exists())
+    main = psutil.Process(process.pid)
+    assert wait_for(process, lambda: main.children()), "loading has begun"
+    time.sleep(1)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None, "the first one waits for the step"
+    os.kill(process.pid, signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGINT and not checkpoints(tmp_path / "run")
+
+
+def two_processes(run_dir, *flags):
+    """Two ranks that no launcher watches."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = command_of("train.py", *FLAGS, "--steps", "2000", "--run-dir", run_dir, *flags)
+    return [subprocess.Popen(command, env=environment_of(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                                                         LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost",
+                                                         MASTER_PORT=str(port)),
+                             cwd=train.DEMO.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for rank in range(2)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("blow", "victim"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_a_dead_process_does_not_leave_the_other_hanging(tmp_path, blow, victim):
+    """Killed: the connection breaks. Stopped, as by a lost machine: only the timeout tells."""
+    both = two_processes(tmp_path / "run", "--timeout", "0.03", "--patience", "0.03")
+    try:
+        assert wait_for(both[0], lambda: last_step(tmp_path / "run") >= 4)
+        both[victim].send_signal(blow)
+        output = both[1 - victim].communicate(timeout=60)[0]
+        assert both[1 - victim].returncode == 1, output
+        assert "another process of this run has died or does not answer" in output and "Traceback" not in output
+    finally:
+        for process in both:
+            process.kill()
+    assert checkpoints(tmp_path / "run") and damage(checkpoints(tmp_path / "run")[-1]) is None
+
+
+def test_a_loading_process_that_is_killed_ends_the_run_with_a_checkpoint(reference, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        after_step(patch, 4, lambda: [child.kill() for child in psutil.Process().children()])
+        with pytest.raises(RunError, match="a loading process was killed; is there enough memory"):
+            run(tmp_path / "run", "--workers", "1")
+    assert steps_of(tmp_path / "run")[-1] in (4, 5, 6), "what was loaded before is used"
+    run(tmp_path / "run", "--workers", "1")
+    assert_same(tmp_path / "run", reference)
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def damage_by(kind, checkpoint):
+    if kind == "truncated":
+        file = checkpoint / "optimizer.bin"
+        os.truncate(file, file.stat().st_size // 2)
+    elif kind == "flipped":
+        file = checkpoint / "model.safetensors"
+        data = bytearray(file.read_bytes())
+        data[-1000] ^= 1
+        file.write_bytes(data)
+    elif kind == "missing":
+        file = checkpoint / "data_0.json"
+        file.unlink()
+    else:
+        file = checkpoint / "SHA256SUMS"
+        file.write_text("")
+    return file.name
+
+
+@pytest.mark.parametrize("kind", ["truncated", "flipped", "missing", "sums"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(kind, reference, tmp_path, capsys):
+    folder = copy_of(reference, tmp_path / "run", last=6)
+    name = damage_by(kind, folder / "checkpoints" / "step_00000006")
+    run(folder)
+    captured = capsys.readouterr()
+    assert f"step_00000006 is damaged: {name}" in captured.err
+    assert "continuing from" in captured.out and "step_00000003" in captured.out
+    assert_same(folder, reference)
+    assert (folder / "checkpoints" / "step_00000006.damaged").exists() and steps_of(folder) == [3, 6, 8]
+
+
+def test_if_every_checkpoint_is_damaged_nothing_is_touched(reference, tmp_path):
+    folder = copy_of(reference, tmp_path / "run", last=3)
+    name = damage_by("flipped", folder / "checkpoints" / "step_00000003")
+    before = sorted(path.name for path in folder.rglob("*"))
+    with pytest.raises(UserError, match=f"step_00000003 is damaged: {name} is not what was written; there is no other"):
+        run(folder)
+    assert sorted(path.name for path in folder.rglob("*")) == before
+
+
+def test_sums_are_those_of_sha256sum(reference):
+    process = subprocess.run(["sha256sum", "--check", "--strict", "SHA256SUMS"], cwd=checkpoints(reference)[-1],
+                             capture_output=True, text=True)  # fmt: skip
+    assert process.returncode == 0 and "model.safetensors: OK" in process.stdout
+
+
+def test_what_a_killed_save_left_behind_is_taken_away(reference, tmp_path):
+    folder = copy_of(reference, tmp_path / "run", last=6)
+    (folder / "checkpoints" / "step_00000007.tmp").mkdir()
+    (folder / "checkpoints" / "step_00000006").rename(folder / "checkpoints" / "step_00000006.old")
+    (folder / "model.tmp").mkdir()
+    (folder / "config.json.tmp").write_text("{")
+    run(folder)
+    assert_same(folder, reference)
+    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.old"))
+
+
+def test_last_checkpoints_and_milestones_are_kept(tmp_path):
+    run(tmp_path, "--checkpoint-every", "2", "--milestone-every", "3", "--keep", "1", "--steps", "10")
+    assert steps_of(tmp_path) == [3, 6, 9, 10]
+
+
+def test_a_reader_always_finds_a_whole_model(tmp_path):
+    """While the files are replaced over and over, each load gives one of the models, never a mixture or an error."""
+    publish_files(tmp_path / "model", lambda folder: save_file({"w": torch.full((50_000,), 0.0)}, folder / "w"))
+    ends, seen, trouble = threading.Event(), set(), []
+
+    def read():
+        while not ends.is_set():
+            try:
+                seen.update([tuple(load_file(tmp_path / "model" / "w")["w"].unique().tolist())])
+            except Exception as error:
+                trouble.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for i in range(100):
+        weights = torch.full((50_000,), float(i))
+        publish_files(tmp_path / "model", lambda folder: save_file({"w": weights}, folder / "w"))  # noqa: B023
+    ends.set()
+    reader.join()
+    assert not trouble and len(seen) > 3 and all(len(values) == 1 for values in seen)
+
+
+def test_a_full_disk_does_not_end_the_run(tmp_path):
+    """No file may grow beyond a limit for a while: checkpoints fail, training goes on, and they are made up for."""
+    flags = [*FLAGS[2:], "--steps", "60", "--log-every", "2", "--drop-path", "0"]
+    succeeded(launch("train.py", "--dataset", "demo", "--run-dir", tmp_path / "reference", *flags))
+    process = start(tmp_path / "run", *flags, processes=1)
+    assert wait_for(process, lambda: steps_of(tmp_path / "run")), process.communicate()[0]
+    limits = psutil.Process(process.pid).rlimit
+    unlimited = limits(psutil.RLIMIT_FSIZE)
+    limits(psutil.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    before = steps_of(tmp_path / "run")
+    reached = last_step(tmp_path / "run")
+    assert wait_for(process, lambda: last_step(tmp_path / "run") >= reached + 10)
+    assert set(steps_of(tmp_path / "run")) <= {*before, before[-1] + 3}, "nothing new, nothing lost"
+    assert all(damage(path) is None for path in checkpoints(tmp_path / "run"))
+    limits(psutil.RLIMIT_FSIZE, unlimited)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, output
+    assert re.search(r"warning: the checkpoint of step \d+ could not be written: .*; the run goes on", output), output
+    assert "Traceback" not in output
+    assert_same(tmp_path / "run", tmp_path / "reference")
+
+
+def test_a_line_that_a_full_disk_cut_off_is_written_again(tmp_path, monkeypatch, reference):
+    """The log on a disk that takes half a line, then nothing, then all."""
+    from pathlib import Path
+
+    class Full:
+        left = 2
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.file.close()
+
+        def truncate(self, size):
+            self.file.truncate(size)
+
+        def write(self, data):
+            Full.left -= 1
+            if Full.left >= 0:
+                self.file.write(data[: len(data) // 2])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            self.file.write(data)
+
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, mode="r", *a, **k: Full(opened(path, mode)) if mode == "ab" else
+                        opened(path, mode, *a, **k))  # fmt: skip
+    run(tmp_path / "run")
+    assert_same(tmp_path / "run", reference)
+
+
+# ------------------------------------------------------------------------------------------------- other configurations
+
+
+def test_fewer_processes_continue_with_the_same_images_and_losses(tmp_path):
+    """Two processes' parts, taken over by one; a loading process more changes nothing; three are refused."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    more = ["--effective-batch-size", "32", "--drop-path", "0.2", "--workers", "1"]
+    succeeded(launch("train.py", *FLAGS, "--run-dir", two, *more, processes=2))
+    copy_of(two, one, last=3)
+    run(one, *more[:-1], "2", "--parts", "2")
+    for ours, theirs in zip(log_of(one), log_of(two), strict=True):
+        assert (ours["step"], ours["seen"], ours["skipped"]) == (theirs["step"], theirs["seen"], theirs["skipped"])
+        assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-5
+    args = train.parse([*FLAGS, "--run-dir", str(one), *more])
+    args.data.batch_size = None
+    assert train.resolve(args, 1).data.parts == 2 and train.resolve(args, 1).data.batch_size == 8
+    with pytest.raises(UserError, match="--parts 2 of the run that is resumed cannot be shared by 3 processes: use 1"):
+        train.resolve(args, 3)
+
+
+def test_more_processes_take_over_parts_that_one_began(tmp_path):
+    more = ["--effective-batch-size", "32", "--parts", "2"]
+    run(tmp_path / "one", *more)
+    copy_of(tmp_path / "one", tmp_path / "two", last=3)
+    succeeded(launch("train.py", *FLAGS, "--run-dir", tmp_path / "two", *more, processes=2))
+    for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
+        assert ours["seen"] == theirs["seen"] and abs(ours["loss"] - theirs["loss"]) < 1e-5
+
+
+def test_a_changed_recipe_is_shown_and_refused_unless_asked_for(reference, tmp_path, capsys):
+    folder = copy_of(reference, tmp_path / "run", last=6)
+    with pytest.raises(UserError, match=r"configuration \(lr 0.08 -> 0.01; steps 8 -> 10\).*--resume-changed"):
+        run(folder, "--steps", "10", "--lr", "0.01")
+    assert steps_of(folder) == [3, 6]
+    run(folder, "--steps", "10", "--lr", "0.01", "--resume-changed")
+    out = capsys.readouterr().out
+    assert "changed: steps 8 -> 10" in out and "begin anew" not in out
+    assert [line["step"] for line in log_of(folder)] == list(range(1, 11))
+    assert [line["seen"] for line in log_of(folder)][:8] == [line["seen"] for line in log_of(reference)]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["args"]["steps"] == 10
+    assert config["changed"] == [{"step": 6, "values": {"lr": [0.08, 0.01], "steps": [8, 10]}}]
+    run(folder, "--steps", "10", "--lr", "0.01")
+    assert json.loads((folder / "config.json").read_text())["changed"] == config["changed"], "the history stays"
+
+
+def test_other_data_begin_anew_with_the_next_pass(reference, tmp_path, capsys):
+    folder = copy_of(reference, tmp_path / "run", last=6)
+    with pytest.raises(UserError, match="seed 0 -> 1"):
+        run(folder, "--seed", "1")
+    with pytest.raises(UserError, match="streaming True -> False"):
+        run(folder, "--no-streaming")
+    run(folder, "--seed", "1", "--resume-changed")
+    assert "the data begin anew, with pass 1" in capsys.readouterr().out
+    for path in checkpoints(folder)[-1:]:
+        place = json.loads((path / "data_0.json").read_text())
+        assert place["layout"]["first_pass"] == place["pass"] == 1
+
+
+# ----------------------------------------------------------------------------------------------------------- bad numbers
+
+
+def poison(monkeypatch, steps):
+    """The teacher's targets are nan in these steps (two micro-batches each)."""
+    calls, forward = [], train.CLIPTeacher.forward
+
+    def poisoned(self, pixels):
+        calls.append(None)
+        step = (len(calls) - 2) // 2  # the first call looks whether the grids match
+        target = forward(self, pixels)
+        return target * float("nan") if len(calls) > 1 and step in steps else target
+
+    monkeypatch.setattr(train.CLIPTeacher, "forward", poisoned)
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch):
+    """Of a line of the log over several steps the good ones are averaged."""
+    with monkeypatch.context() as patch:
+        poison(patch, [3, 5])
+        run(tmp_path / "run", "--checkpoint-every", "1", "--keep", "20")
+    assert steps_of(tmp_path / "run") == [1, 2, 3, 5, 7, 8], "no checkpoint while the end of the row is open"
+    lines = log_of(tmp_path / "run")
+    assert [line["bad_steps"] for line in lines] == [0, 0, 0, 1, 1, 2, 2, 2]
+    assert [line["step"] for line in lines if line["loss"] is None] == [4, 6]
+    with monkeypatch.context() as patch:
+        poison(patch, [3, 5])
+        run(tmp_path / "mean", "--log-every", "8", "--checkpoint-every", "8")
+    good = [line["loss"] for line in lines if line["loss"] is not None]
+    assert log_of(tmp_path / "mean")[0]["loss"] == pytest.approx(sum(good) / 6, rel=1e-6)
+
+
+def test_a_skipped_step_changes_nothing():
+    torch.manual_seed(0)
+    accelerator, _ = train.make_accelerator(train.RunArgs(run_dir="unused"))
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def step(bad):
+        model(torch.ones(1, 3)).sum().backward()
+        if bad:
+            model.weight.grad[0, 0] = float("inf")
+        norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        train.skip_if(~torch.isfinite(norm), accelerator, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
+        state = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
+        return [p.detach().clone() for p in model.parameters()] + state
+
+    first = step(False)
+    assert all(torch.equal(a, b) for a, b in zip(first, step(True), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, step(False), strict=True))
+
+
+def test_many_bad_steps_in_a_row_end_the_run_at_its_last_good_checkpoint(reference, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poison(patch, range(4, 8))
+        with pytest.raises(RunError, match=r"not finite in 3 steps in a row, up to step 7; the last good checkpoint is "
+                                           r".*step_00000003"):  # fmt: skip
+            run(tmp_path / "run", "--max-bad-steps", "3")
+    assert steps_of(tmp_path / "run") == [3]
+    run(tmp_path / "run", "--max-bad-steps", "3")
+    assert_same(tmp_path / "run", reference)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all():
+    loss = torch.tensor([2.0, float("nan"), float("inf"), float("-inf")])
+    assert torch.equal(train.finite(loss).isnan(), torch.tensor([False, True, True, True]))
+    assert train.finite(loss)[0] == 1
+    weight = torch.tensor(3.0, requires_grad=True)
+    overflow = (weight * 1e38) * 10  # inf, with a finite gradient of its own
+    (overflow * train.finite(overflow)).backward()
+    assert not torch.isfinite(weight.grad)

@@ -819,8 +819,7 @@ def test_a_folder_is_named_after_task_encoder_and_data():
         ("attentive --kind ep --checkpoint ../x/y.pth", "runs/ep-x-y.pth-imagenet-1k"),
     ]:
         args = train.parse(flags.split(), kind=probe.Command)
-        probe.name_run(args)
-        assert args.run.run_dir == name
+        assert train.name_run(probe.task_of(args), args.encoder, args.data) == name
 
 
 def test_skipped_images_are_in_the_result(monkeypatch, capsys, tmp_path):

@@ -1117,7 +1117,8 @@ def load_pretrained(name, model_class, kinds, description, flag="--teacher"):
         if kind and kind not in kinds:
             raise UserError(f"{flag} {name} is a {kind}: {description} is needed")
         model, info = model_class.from_pretrained(name, output_loading_info=True)
-        missing = [key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")]  # nobody uses it
+        # nobody uses a pooler, but for BEiT's norm after mean pooling, which its own fine-tuning also starts anew
+        missing = [key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")]
         if missing:
             raise UserError(f"{flag} {name} lacks weights of {description}: {', '.join(missing[:3])}, ...")
         return model

@@ -255,7 +255,7 @@ class Origin:
     """What fine-tuning starts from."""
 
     beit: BeitModel
-    """The encoder: without a pooler from pretraining, with one where `classifier` is given."""
+    """The encoder. Its last norm is in its pooler if it pools by the mean, else before that."""
     classifier: nn.Linear | None
     """That of a fine-tuned checkpoint."""
     labels: list | None

@@ -17,13 +17,13 @@ import shlex
 import shutil
 import sys
 import time
-import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from train import (  # first: it sets the environment for torch
+    REFERENCE,
     AutoFloat,
     AutoInt,
     AutoStr,
@@ -34,32 +34,37 @@ from train import (  # first: it sets the environment for torch
     RunArgs,
     RunError,
     Stream,
-    UserError,
     all_or_none,
     checkpoints,
     command_line,
+    crop_and_flip,
     default,
     digest,
     evaluate,
+    evaluates_at,
     first_line,
     flat,
+    images_of,
     key,
     learning_rate,
     length_of_run,
     load_checkpoint,
+    load_pretrained,
     make_accelerator,
+    name_run,
     normalize,
-    one_pass,
+    open_encoder,
     open_labelled,
     parse,
+    prepare,
     prepare_run_dir,
     publish,
     require,
+    require_not_negative,
+    require_views,
     resolve_run,
     save_checkpoint,
     to_device,
-    transformers_config,
-    watch,
     write_aside,
 )
 
@@ -71,14 +76,12 @@ import torch.nn.functional as F
 import tyro
 from accelerate.utils import gather_object
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 from transformers import BeitForImageClassification, BeitModel, CLIPImageProcessor
 from transformers.utils import logging as transformers_logging
 
-from cae import CAE, IMAGENET_MEAN, IMAGENET_STD, SIZES, CAEConfig, load_model, sincos_positions, to_beit
+from cae import IMAGENET_MEAN, IMAGENET_STD, SIZES, sincos_positions, to_beit
 
 # ----------------------------------------------------------------------------------------------------------------
 # Arguments and recipes. Values of None follow from others.
@@ -227,20 +230,16 @@ def resolve(args, origin, world=1):
     resolve_run(data, run, world, batch=128, effective=effective, epochs=float(epochs))
     if run.epochs is not None:
         default(recipe, "warmup_epochs", min(float(warmup), run.epochs / 10))
-    for name, low, high in [("layer_decay", 0, 1), ("label_smoothing", 0, 1), ("erasing", 0, 1), ("flip", 0, 1),
-                            ("crop_ratio", 0, 1), ("ema", 0, 1)]:  # fmt: skip
+    for name in ("layer_decay", "label_smoothing", "erasing", "crop_ratio", "ema"):
         value = getattr(recipe, name)
-        require(low <= value <= high, f"--{name.replace('_', '-')} is {value}: it must lie between {low} and {high}")
+        require(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: it must lie between 0 and 1")
     require(recipe.crop_ratio > 0 and recipe.layer_decay > 0, "--crop-ratio and --layer-decay must be positive")
-    for name in ("min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix"):
-        value = getattr(recipe, name) or 0
-        require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must not be negative")
+    require_not_negative(recipe, "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix")
+    require_views(recipe)
     require(recipe.lr > 0, f"--lr is {recipe.lr}: it must be positive")
     require(recipe.eval_every > 0, f"--eval-every is {recipe.eval_every}: it must be positive")
     require(0 <= recipe.randaugment <= 30, f"--randaugment is {recipe.randaugment}: it must lie between 0 and 30")
     require(0 <= model.drop_path < 1, f"--drop-path is {model.drop_path}: it must lie in [0, 1)")
-    low, high = recipe.crop_scale
-    require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
     require(not mixes or data.batch_size > 1,
             "--mixup and --cutmix mix the images of a batch, and --batch-size is 1: make it larger, or both of them 0")
@@ -256,7 +255,7 @@ class Origin:
     """What fine-tuning starts from."""
 
     beit: BeitModel
-    """The encoder: without a pooler from pretraining, with one where `classifier` is given."""
+    """The encoder. Its last norm is in its pooler if it pools by the mean, else before that."""
     classifier: nn.Linear | None
     """That of a fine-tuned checkpoint."""
     labels: list | None
@@ -268,23 +267,8 @@ class Origin:
 
 def load_origin(args, seed=0):
     """ModelArgs -> Origin. Raises UserError."""
-    require((args.checkpoint is None) != (args.random_init is None), "give either --checkpoint or --random-init")
-    transformers_logging.set_verbosity_error()  # its reports on heads that are not used
-    transformers_logging.disable_progress_bar()
-    if args.random_init:
-        require(args.random_init in SIZES, f"--random-init {args.random_init} does not exist: {', '.join(SIZES)}")
-        torch.manual_seed(seed)
-        return of_cae(CAE(CAEConfig.from_size(args.random_init)), f"random init {args.random_init}")
-    name = args.checkpoint
-    try:
-        folder, config = transformers_config(name)
-        if not config:
-            return of_cae(load_model(name), name)
-        require(config["model_type"] == "beit",
-                f"--checkpoint {name} is a {config['model_type']}: a CAE or a BEiT of transformers is needed")
-        return of_beit(folder, config)
-    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
-        raise UserError(f"--checkpoint {name} cannot be loaded: {first_line(error)}") from error
+    name = args.checkpoint or f"random init {args.random_init}"
+    return open_encoder(args, seed, lambda model: of_cae(model, name), of_beit)
 
 
 def size_of(width, depth):
@@ -299,12 +283,13 @@ def of_cae(model, name):
 
 
 def of_beit(name, config):
+    """Origin of a transformers folder or Hub id; `config` is its config.json. Raises UserError."""
+    kind = config["model_type"]
+    require(kind == "beit", f"--checkpoint {name} is a {kind}: a CAE or a BEiT of transformers is needed")
     tuned = "BeitForImageClassification" in (config.get("architectures") or [])
-    if tuned:
-        model = BeitForImageClassification.from_pretrained(name)
-        beit, classifier = model.beit, model.classifier
-    else:
-        beit, classifier = BeitModel.from_pretrained(name, add_pooling_layer=config.get("use_mean_pooling", True)), None
+    model_class = BeitForImageClassification if tuned else BeitModel
+    model = load_pretrained(name, model_class, ("beit",), "a BEiT", "--checkpoint")
+    beit, classifier = (model.beit, model.classifier) if tuned else (model, None)
     names = model.config.id2label if tuned else {}
     shape = beit.config
     require(isinstance(shape.image_size, int), f"--checkpoint {name} is not square: {shape.image_size}")
@@ -419,11 +404,7 @@ class TrainView:
     names = ("images", "erase")
 
     def __init__(self, size, recipe):
-        bicubic = v2.InterpolationMode.BICUBIC
-        steps = [
-            v2.RandomResizedCrop(size, recipe.crop_scale, interpolation=bicubic, antialias=True),
-            v2.RandomHorizontalFlip(recipe.flip),
-        ]
+        steps = crop_and_flip(size, recipe.crop_scale, recipe.flip)
         if recipe.randaugment:
             grey = [round(255 * channel) for channel in IMAGENET_MEAN]
             bilinear = v2.InterpolationMode.BILINEAR  # torchvision warps tensors no better
@@ -469,20 +450,15 @@ def look(images, device):
 def to_evaluate(args, source, accelerator, skipped):
     """(images, labels) of this rank's part of the split to evaluate on, with a bar; `skipped` collects bad files."""
     view = CenterCrop(args.model.image_size, args.recipe.crop_ratio)
-    rank, world = accelerator.process_index, accelerator.num_processes
-    total = source.num_images and len(range(rank, source.num_images, world))
-    chunks = one_pass(source, view, args.data.batch_size, args.data.workers, rank, world)
-    skipped.clear()
-    for chunk in watch(chunks, total, "images to evaluate on", accelerator.is_main_process):
-        skipped += chunk["skipped"]
-        if len(chunk["ids"]):
-            yield look(chunk["images"], accelerator.device), to_device(chunk["labels"], accelerator.device)
+    for images, labels in images_of(accelerator, source, view, args.data, "images to evaluate on", skipped):
+        yield look(images, accelerator.device), labels
 
 
 def classify(args):
     """Fine-tune or evaluate a classifier. Raises UserError and RunError."""
     began, world = time.perf_counter(), int(os.environ.get("WORLD_SIZE", 1))
-    name_run(args)
+    task = "evaluate" if args.recipe.eval_only else "classify"
+    default(args.run, "run_dir", name_run(task, args.model, args.data))
     accelerator, precision = make_accelerator(args.run, args.run.tracker)
     device, rank, run_dir = accelerator.device, accelerator.process_index, Path(args.run.run_dir)
     with all_or_none(accelerator):
@@ -532,9 +508,7 @@ def classify(args):
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
     if run.compile:
         model.compile()
-    with warnings.catch_warnings():  # as in train.py
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     bare = accelerator.unwrap_model(model)
     best = average or bare  # the weights that are evaluated and written
     if average:
@@ -583,8 +557,7 @@ def classify(args):
         steps, done = steps + 1, step + 1
         log.bar.update()
 
-        passed = (steps_per_pass or math.inf) * recipe.eval_every
-        evaluates = done == total or int(done / passed + 1e-9) > int(step / passed + 1e-9)
+        evaluates = evaluates_at(done, total, steps_per_pass, recipe.eval_every)
         writes = done % run.checkpoint_every == 0 or done == total
         if not (done % run.log_every == 0 or evaluates or writes):
             continue
@@ -670,6 +643,7 @@ def write_model(folder, model, args, facts, evaluation):
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     bare = model.module if isinstance(model, AveragedModel) else model
+    transformers_logging.disable_progress_bar()  # of a single file
     bare.save_pretrained(temporary)
     image_processor(args).save_pretrained(temporary)
     model_card(args, facts, evaluation).save(temporary / "README.md")
@@ -719,16 +693,6 @@ step. Every value:
 """)
 
 
-# ImageNet-1K top-1 after fine-tuning, of the released README of CAE and later papers' tables, to print beside ours.
-REFERENCE = [
-    ("CAE-B, 300 epochs", "cae", "base", 83.6), ("CAE-B, 800 epochs", "cae", "base", 83.8),
-    ("CAE-B, 1600 epochs", "cae", "base", 83.9), ("CAE-L, 1600 epochs", "cae", "large", 86.2),
-    ("CAE v2-B, 300 epochs", "cae-v2", "base", 85.3), ("CAE v2-L, 300 epochs", "cae-v2", "large", 86.7),
-    ("MAE-B, 1600 epochs", "mae", "base", 83.6), ("MAE-L, 1600 epochs", "mae", "large", 86.0),
-    ("MVP-B, 300 epochs", "mvp", "base", 84.4), ("BEiT v2-B, 300 epochs", "beit", "base", 85.0),
-]  # fmt: skip
-
-
 def finish(args, accelerator, evaluations, facts, skipped, began):
     """Table, result.json, upload; called on all ranks."""
     run_dir, last, top = Path(args.run.run_dir), evaluations[-1], best_of(evaluations)
@@ -736,7 +700,7 @@ def finish(args, accelerator, evaluations, facts, skipped, began):
     accelerator.end_training()
     if not accelerator.is_main_process:
         return
-    same = [row for row in REFERENCE if row[2] == facts["size"]]
+    same = [row for row in REFERENCE if row[2] == facts["size"] and row[3]]
     result = {
         "task": "classify",
         "top1": round(last["accuracy"][0], 3),
@@ -755,7 +719,7 @@ def finish(args, accelerator, evaluations, facts, skipped, began):
         "val_split": args.labels.val_split,
         "batch": args.data.effective_batch_size,
         "seed": args.run.seed,
-        "reference": [{"model": name, "top1": value} for name, kind, _, value in
+        "reference": [{"model": name, "top1": top1} for name, _, _, top1, _ in
                       sorted(same, key=lambda row: row[1] != facts["method"])],
         "processes": accelerator.num_processes,
         "seconds": round(time.perf_counter() - began, 1),
@@ -785,14 +749,6 @@ def push(folder, hub_id):
     except Exception as error:  # the Hub's client has errors of its own for every way in which a network fails
         raise RunError(f"{folder} could not be uploaded to {hub_id}: {first_line(error)}; it is whole, try again "
                        f"with `hf upload {hub_id} {folder}`") from error  # fmt: skip
-
-
-def name_run(args):
-    """The default run folder."""
-    name, data = args.model.checkpoint or f"random-{args.model.random_init}", Path(args.data.dataset).stem
-    name = re.sub(r"[^\w.-]+", "-", name.removeprefix("runs/")).strip("-.")
-    task = "evaluate" if args.recipe.eval_only else "classify"
-    default(args.run, "run_dir", f"runs/{task}-{name}" + f"-{data}" * (data not in name))
 
 
 def main():

@@ -14,11 +14,9 @@ import hashlib
 import json
 import math
 import os
-import re
 import shlex
 import sys
 import time
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -26,6 +24,7 @@ from typing import Annotated, Literal
 from train import (  # first: it sets the environment for torch
     CLIP_MEAN,
     CLIP_STD,
+    REFERENCE,
     AutoFloat,
     AutoInt,
     AutoStr,
@@ -42,31 +41,36 @@ from train import (  # first: it sets the environment for torch
     all_or_none,
     checkpoints,
     command_line,
+    crop_and_flip,
     default,
     digest,
     evaluate,
+    evaluates_at,
     first_line,
     flat,
     hits,
+    images_of,
     learning_rate,
     length_of_run,
     load_checkpoint,
     load_pretrained,
     make_accelerator,
     make_run_dir,
+    name_run,
     normalize,
-    one_pass,
+    open_encoder,
     open_labelled,
     parse,
     permutation,
+    prepare,
     prepare_run_dir,
     require,
+    require_not_negative,
+    require_views,
     resolve_images,
     resolve_run,
     save_checkpoint,
     to_device,
-    transformers_config,
-    watch,
     write_aside,
 )
 
@@ -81,12 +85,9 @@ from einops import rearrange
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
 )
-from safetensors import SafetensorError
 from torchvision.transforms import v2
-from tqdm.auto import tqdm
 
 from cae import (
     CAE,
@@ -94,9 +95,7 @@ from cae import (
     IMAGENET_STD,
     LN_EPS,
     SIZES,
-    CAEConfig,
     CrossAttention,
-    load_model,
     patch_grid,
 )
 
@@ -281,15 +280,11 @@ def resolve(args, encoder, world=1):
     require(data.effective_batch_size // world > 1,
             f"--effective-batch-size {data.effective_batch_size}: BatchNorm needs two images in every process")
     default(probe, "crop_scale", (0.4, 1.0) if small else (0.08, 1.0))
-    low, high = probe.crop_scale
-    require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
-    require(0 <= probe.flip <= 1, f"--flip is {probe.flip}: it must lie between 0 and 1")
+    require_views(probe)
     require(all(lr > 0 for lr in probe.lr), f"--lr is {probe.lr}: they must be positive")
     require(0 <= probe.momentum < 1, f"--momentum is {probe.momentum}: it must lie in [0, 1)")
     require(probe.eval_every > 0, f"--eval-every is {probe.eval_every}: it must be positive")
-    for name in ("warmup_epochs", "weight_decay", "trust_coefficient"):
-        value = getattr(probe, name) or 0
-        require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must not be negative")
+    require_not_negative(probe, "warmup_epochs", "weight_decay", "trust_coefficient")
     if isinstance(args, Linear):
         require(probe.pool, "--pool is empty: class, mean, both")
     elif probe.kind == "ep":
@@ -349,16 +344,7 @@ HF_KINDS = {"clip": "clip", "clip_vision_model": "clip", "beit": "beit", "data2v
 
 def load_encoder(args, seed=0):
     """EncoderArgs -> Frozen. Raises UserError."""
-    name = args.checkpoint
-    if name is None:
-        require(args.random_init in SIZES, f"--random-init {args.random_init} does not exist: {', '.join(SIZES)}")
-        torch.manual_seed(seed)
-        return of_cae(CAE(CAEConfig.from_size(args.random_init)))
-    try:
-        folder, config = transformers_config(name)
-        return of_transformers(folder, config) if config else of_cae(load_model(name))
-    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
-        raise UserError(f"--checkpoint {name} cannot be loaded: {first_line(error)}") from error
+    return open_encoder(args, seed, of_cae, of_transformers)
 
 
 def of_cae(model):
@@ -407,10 +393,7 @@ class Augment:
     names = ("images",)
 
     def __init__(self, size, scale, flip):
-        self.transform = v2.Compose([
-            v2.RandomResizedCrop(size, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.RandomHorizontalFlip(flip),
-        ])  # fmt: skip
+        self.transform = v2.Compose(crop_and_flip(size, scale, flip))
 
     def __call__(self, image, seed):
         """uint8 (3, H, W) -> (uint8 (3, S, S),)."""
@@ -451,16 +434,10 @@ class Probe:
 
     def batches(self, source, select, split):
         """(features, labels) of this rank's part of one pass over "train" or "val" without augmentation, with a bar."""
-        data, what = self.args.data, {"train": "images to learn from", "val": "images to evaluate on"}[split]
-        total = source.num_images and len(range(self.rank, source.num_images, self.world))
-        chunks = one_pass(source, self.view, data.batch_size, data.workers, self.rank, self.world)
-        self.skipped[split] = 0
-        for chunk in watch(chunks, total, what, self.accelerator.is_main_process):
-            self.skipped[split] += len(chunk["skipped"])
-            for name in chunk["skipped"]:
-                tqdm.write(f"skipped {name}", file=sys.stderr)
-            if len(chunk["ids"]):
-                yield self.see(chunk["images"], select), to_device(chunk["labels"], self.device)
+        what, skipped = {"train": "images to learn from", "val": "images to evaluate on"}[split], []
+        for images, labels in images_of(self.accelerator, source, self.view, self.args.data, what, skipped):
+            yield self.see(images, select), labels
+        self.skipped[split] = len(skipped)
 
     def extract(self, source, select, split):
         """Features (n, t, D) and labels (n) of this rank's part of a pass; n may be 0. Raises UserError."""
@@ -791,9 +768,7 @@ def train_heads(probe, train_source, val_source, checkpoint):
     total, steps_per_pass, warmup = length_of_run(run, data, train_source, asked.warmup_epochs, 9)
 
     heads, settings, optimizer = make_heads(args, probe.encoder, num_classes)
-    with warnings.catch_warnings():  # as in train.py
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        heads, optimizer = accelerator.prepare(heads, optimizer)
+    heads, optimizer = prepare(accelerator, heads, optimizer)
     bare = accelerator.unwrap_model(heads)
     start, place, evaluations, rows = 0, None, [], None
     if checkpoint:
@@ -850,8 +825,7 @@ def train_heads(probe, train_source, val_source, checkpoint):
         sums, steps, done = sums + loss.detach(), steps + 1, step + 1
         log.bar.update()
 
-        passed = (steps_per_pass or math.inf) * asked.eval_every
-        evaluates = done == total or int(done / passed + 1e-9) > int(step / passed + 1e-9)
+        evaluates = evaluates_at(done, total, steps_per_pass, asked.eval_every)
         writes = done % run.checkpoint_every == 0 or done == total
         if not (done % run.log_every == 0 or evaluates or writes):
             continue
@@ -898,31 +872,12 @@ def train_heads(probe, train_source, val_source, checkpoint):
 # ----------------------------------------------------------------------------------------------------------------
 # Results.
 
-# ImageNet-1K top-1 of published models, to print beside ours: name, width and patch of the encoder, numbers. "EP bench"
-# is as the efficient probe's benchmark has it; the others are from the released README of CAE and later papers' tables.
-REFERENCE = [
-    ("CAE-B, 300 epochs", 768, 16, {"linear": 64.5, "attentive": 74.0}),
-    ("CAE-B, 800 epochs", 768, 16, {"linear": 68.9, "attentive": 75.9}),
-    ("CAE-B, 1600 epochs", 768, 16, {"linear": 70.3, "attentive": 77.2}),
-    ("CAE-L, 1600 epochs", 1024, 16, {"linear": 77.8, "attentive": 81.2}),
-    ("CAE v2-B, 300 epochs", 768, 16, {"linear": 80.5}),
-    ("CAE v2-L, 300 epochs", 1024, 16, {"linear": 81.7}),
-    ("MAE-B, 1600 epochs", 768, 16, {"linear": 67.8, "attentive": 74.2}),
-    ("MAE-L, 1600 epochs", 1024, 16, {"linear": 76.0, "attentive": 78.8}),
-    ("MVP-B, 300 epochs", 768, 16, {"linear": 75.4}),
-    ("BEiT v2-B, 300 epochs", 768, 16, {"linear": 80.1}),
-    ("MAE-B, EP bench", 768, 16, {"knn": 35.6, "linear": 67.8, "ep": 75.5}),
-    ("BEiT v2-B, EP bench", 768, 16, {"knn": 70.1, "linear": 79.0, "ep": 81.4}),
-    ("CLIP-B/16, EP bench", 768, 16, {"knn": 65.7, "linear": 77.9, "ep": 77.9}),
-]
-
 
 def references(task, encoder):
     """Rows of REFERENCE: models of this width and patch with a number for the task, the same model first."""
-    start = {"cae": "CAE-", "cae-v2": "CAE v2-", "clip": "CLIP-"}.get(encoder.kind, "none")
-    rows = [{"model": name, **numbers} for name, dim, patch, numbers in REFERENCE
-            if (dim, patch) == (encoder.dim, encoder.patch_size) and task in numbers]  # fmt: skip
-    return sorted(rows, key=lambda row: not row["model"].startswith(start))
+    shape = (encoder.dim, encoder.patch_size)
+    rows = [row for row in REFERENCE if (SIZES[row[2]]["encoder"]["dim"], 16) == shape and task in row[4]]
+    return [{"model": row[0], **row[4]} for row in sorted(rows, key=lambda row: row[1] != encoder.kind)]
 
 
 def summary(args, settings, evaluations):
@@ -1018,20 +973,10 @@ def figures(result):
     return found
 
 
-def name_run(args):
-    """The default run folder. Raises UserError."""
-    choice, data = args.encoder, Path(args.data.dataset).stem
-    require((choice.checkpoint is None) != (choice.random_init is None), "give either --checkpoint or --random-init")
-    name = f"random-{choice.random_init}"
-    if choice.checkpoint:
-        name = re.sub(r"[^\w.-]+", "-", choice.checkpoint.removeprefix("runs/")).strip("-.")
-    default(args.run, "run_dir", f"runs/{task_of(args)}-{name}" + f"-{data}" * (data not in name))
-
-
 def evaluate_encoder(args):
     """One sub-command. Raises UserError and RunError."""
     began, world = time.perf_counter(), int(os.environ.get("WORLD_SIZE", 1))
-    name_run(args)
+    default(args.run, "run_dir", name_run(task_of(args), args.encoder, args.data))
     trains = not isinstance(args, KNN)
     accelerator, _ = make_accelerator(args.run, args.run.tracker if trains else "none")
     with all_or_none(accelerator):

@@ -66,6 +66,7 @@ from cae import (
     CAEConfig,
     block_mask,
     fsync,
+    load_model,
     patch_grid,
     patchify,
     random_mask,
@@ -310,6 +311,19 @@ def require(condition, message):
         raise UserError(message)
 
 
+def require_not_negative(group, *names):
+    for name in names:
+        value = getattr(group, name) or 0
+        require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must not be negative")
+
+
+def require_views(group):
+    """The two values that crop_and_flip takes."""
+    low, high = group.crop_scale
+    require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
+    require(0 <= group.flip <= 1, f"--flip is {group.flip}: it must lie between 0 and 1")
+
+
 def resolve(args, world=1):
     """Args with every None filled in from the recipe of its size, method and data set. Raises UserError.
 
@@ -343,15 +357,11 @@ def resolve(args, world=1):
     require(target.min_block > 0, f"--min-block is {target.min_block}: it must be positive")
     require(recipe.lr > 0, f"--lr is {recipe.lr}: it must be positive")
     require(recipe.adam_eps > 0, f"--adam-eps is {recipe.adam_eps}: it must be positive")
-    for name in ("min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad"):
-        value = getattr(recipe, name) or 0
-        require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must not be negative")
+    require_not_negative(recipe, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad")
     for name in ("beta1", "beta2"):
         require(0 <= getattr(recipe, name) < 1, f"--{name} is {getattr(recipe, name)}: it must lie in [0, 1)")
-    low, high = recipe.crop_scale
-    require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
+    require_views(recipe)
     require(0 <= recipe.color_jitter <= 1, f"--color-jitter is {recipe.color_jitter}: it must lie between 0 and 1")
-    require(0 <= recipe.flip <= 1, f"--flip is {recipe.flip}: it must lie between 0 and 1")
     config = model_config(args)
     masked = num_masked(args, config)
     require(
@@ -438,6 +448,15 @@ def flat(args):
     return {k: v for group in dataclasses.asdict(args).values() for k, v in group.items()}
 
 
+def name_run(task, origin, data):
+    """Default run folder of probe.py and finetune.py, runs/TASK-ORIGIN-DATA; `origin` is the group of --checkpoint and
+    --random-init. Raises UserError."""
+    require((origin.checkpoint is None) != (origin.random_init is None), "give either --checkpoint or --random-init")
+    name, data = origin.checkpoint or f"random-{origin.random_init}", Path(data.dataset).stem
+    name = re.sub(r"[^\w.-]+", "-", name.removeprefix("runs/")).strip("-.")
+    return f"runs/{task}-{name}" + f"-{data}" * (data not in name)
+
+
 def key(*parts):
     """A 63-bit seed that is a pure function of its integer parts."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
@@ -475,6 +494,12 @@ def decode(data):
         return TF.pil_to_tensor(image.convert("RGB"))
 
 
+def crop_and_flip(size, scale, flip):
+    """What every view to learn from begins with: random resized crop, bicubic, and horizontal flip."""
+    bicubic = v2.InterpolationMode.BICUBIC
+    return [v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True), v2.RandomHorizontalFlip(flip)]
+
+
 class Crops:
     """The student's view: one random crop of an image, and its mask. A pure function of the image and a seed.
 
@@ -488,13 +513,8 @@ class Crops:
         self.grid, self.num_masked = config.grid, num_masked(args, config)
         self.mask, self.min_block = args.target.mask, args.target.min_block
         jitter = [v2.ColorJitter(*[args.recipe.color_jitter] * 3)] if args.recipe.color_jitter else []
-        self.transform = v2.Compose([
-            v2.RandomResizedCrop(
-                config.image_size, args.recipe.crop_scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-            ),
-            v2.RandomHorizontalFlip(args.recipe.flip),
-            *jitter,
-        ])  # fmt: skip
+        crop = crop_and_flip(config.image_size, args.recipe.crop_scale, args.recipe.flip)
+        self.transform = v2.Compose([*crop, *jitter])
 
     def __call__(self, image, seed):
         """uint8 (3, H, W) -> uint8 (3, S, S), visible (Nv), masked (Nm)."""
@@ -1158,7 +1178,8 @@ def load_pretrained(name, model_class, kinds, description, flag="--teacher"):
         if kind and kind not in kinds:
             raise UserError(f"{flag} {name} is a {kind}: {description} is needed")
         model, info = model_class.from_pretrained(name, output_loading_info=True)
-        missing = [key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")]  # nobody uses it
+        # nobody uses a pooler, but for BEiT's norm after mean pooling, which its own fine-tuning also starts anew
+        missing = [key for key in sorted(info["missing_keys"]) if not key.startswith("pooler.")]
         if missing:
             raise UserError(f"{flag} {name} lacks weights of {description}: {', '.join(missing[:3])}, ...")
         return model
@@ -1186,6 +1207,21 @@ def transformers_config(checkpoint):
             return checkpoint, None  # load_model says why
     config = json.loads(Path(file).read_text())
     return (name, config) if isinstance(config, dict) and "model_type" in config else (checkpoint, None)
+
+
+def open_encoder(origin, seed, of_cae, of_transformers):
+    """What probe.py and finetune.py start from: of_cae(model) of a CAE, trained or at random, or of_transformers(folder
+    or Hub id, its config.json). `origin` is the group of --checkpoint and --random-init. Raises UserError."""
+    name, size = origin.checkpoint, origin.random_init
+    if name is None:
+        require(size in SIZES, f"--random-init {size} does not exist: {', '.join(SIZES)}")
+        torch.manual_seed(seed)
+        return of_cae(CAE(CAEConfig.from_size(size)))
+    try:
+        folder, config = transformers_config(name)
+        return of_transformers(folder, config) if config else of_cae(load_model(name))
+    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
+        raise UserError(f"--checkpoint {name} cannot be loaded: {first_line(error)}") from error
 
 
 def build_teacher(args, config):
@@ -1257,6 +1293,25 @@ def parameter_groups(model):
 # ----------------------------------------------------------------------------------------------------------------
 # Evaluation, for probe.py and finetune.py.
 
+# ImageNet-1K top-1 of published models, to print beside ours: name, kind, size (all with patches of 16 pixels),
+# fine-tuned, frozen. "EP bench" is as the efficient probe's benchmark has it; the others are from the released README
+# of CAE and later papers' tables.
+REFERENCE = [
+    ("CAE-B, 300 epochs", "cae", "base", 83.6, {"linear": 64.5, "attentive": 74.0}),
+    ("CAE-B, 800 epochs", "cae", "base", 83.8, {"linear": 68.9, "attentive": 75.9}),
+    ("CAE-B, 1600 epochs", "cae", "base", 83.9, {"linear": 70.3, "attentive": 77.2}),
+    ("CAE-L, 1600 epochs", "cae", "large", 86.2, {"linear": 77.8, "attentive": 81.2}),
+    ("CAE v2-B, 300 epochs", "cae-v2", "base", 85.3, {"linear": 80.5}),
+    ("CAE v2-L, 300 epochs", "cae-v2", "large", 86.7, {"linear": 81.7}),
+    ("MAE-B, 1600 epochs", "mae", "base", 83.6, {"linear": 67.8, "attentive": 74.2}),
+    ("MAE-L, 1600 epochs", "mae", "large", 86.0, {"linear": 76.0, "attentive": 78.8}),
+    ("MVP-B, 300 epochs", "mvp", "base", 84.4, {"linear": 75.4}),
+    ("BEiT v2-B, 300 epochs", "beit-v2", "base", 85.0, {"linear": 80.1}),
+    ("MAE-B, EP bench", "mae", "base", None, {"knn": 35.6, "linear": 67.8, "ep": 75.5}),
+    ("BEiT v2-B, EP bench", "beit-v2", "base", None, {"knn": 70.1, "linear": 79.0, "ep": 81.4}),
+    ("CLIP-B/16, EP bench", "clip", "base", None, {"knn": 65.7, "linear": 77.9, "ep": 77.9}),
+]
+
 
 def hits(scores, labels, above=-math.inf):
     """How many of scores (..., B, C) have the label (B) first, and among the first five: (..., 2). Scores that are not
@@ -1281,6 +1336,27 @@ def evaluate(accelerator, model, batches, shape=()):
         images += len(labels)
     total, images = accelerator.reduce(total, "sum"), accelerator.reduce(images, "sum").item()
     return (100 * total.double() / max(images, 1)).tolist(), images
+
+
+def images_of(accelerator, source, view, data, what, skipped):
+    """uint8 images (B, 3, S, S) and labels (B) of this rank's part of one pass, on the device, with a bar. `skipped` is
+    emptied, then collects the files that cannot be used. Raises BadFilesError."""
+    rank, world = accelerator.process_index, accelerator.num_processes
+    total = source.num_images and len(range(rank, source.num_images, world))
+    chunks = one_pass(source, view, data.batch_size, data.workers, rank, world)
+    skipped.clear()
+    for chunk in watch(chunks, total, what, accelerator.is_main_process):
+        skipped += chunk["skipped"]
+        for name in chunk["skipped"]:
+            tqdm.write(f"skipped {name}", file=sys.stderr)
+        if len(chunk["ids"]):
+            yield to_device(chunk["images"], accelerator.device), to_device(chunk["labels"], accelerator.device)
+
+
+def evaluates_at(step, total, steps_per_pass, every):
+    """Whether the step that ends at `step` completes another `every` passes, or the run."""
+    passed = (steps_per_pass or math.inf) * every
+    return step == total or int(step / passed + 1e-9) > int((step - 1) / passed + 1e-9)
 
 
 def watch(chunks, total, what, shown):
@@ -1686,6 +1762,13 @@ def make_accelerator(run, tracker="none"):
     return accelerator, precision
 
 
+def prepare(accelerator, model, optimizer):
+    """accelerator.prepare, without a warning about which the user can do nothing."""
+    with warnings.catch_warnings():  # newer versions of torch rename broadcast_buffers, accelerate does not yet
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+        return accelerator.prepare(model, optimizer)
+
+
 @contextmanager
 def all_or_none(accelerator):
     """Work that downloads and checks, on the main process first. A UserError on one rank becomes one on all of them, so
@@ -1961,9 +2044,7 @@ def train(args):
               f"{config.num_patches} patches masked; {world} process{'es' * (world > 1)} x {data.batch_size} images x "
               f"{accumulation} = {data.effective_batch_size} images a step; {total} steps, {epochs} epochs; "
               f"{'fp32' if precision == 'no' else precision} on {device}; {run_dir}", flush=True)  # fmt: skip
-    with warnings.catch_warnings():  # newer versions of torch rename broadcast_buffers, accelerate does not yet
-        warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
-        model, optimizer = accelerator.prepare(model, optimizer)
+    model, optimizer = prepare(accelerator, model, optimizer)
     model.train()
     trainer, places = load_checkpoint(accelerator, resume, run_dir, data.parts)
     if accelerator.is_main_process:

@@ -12,7 +12,13 @@ _cache = tempfile.TemporaryDirectory()  # what datasets writes for the tests goe
 os.environ.setdefault("HF_HOME", _cache.name)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seeded():
+    torch.manual_seed(0)

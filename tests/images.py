@@ -2,7 +2,9 @@
 
 import io
 import tarfile
+from pathlib import Path
 
+import pyarrow.parquet as pq
 import torch
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
@@ -79,4 +81,12 @@ def write_folder(folder, count, encode=png):
         file = folder / ("odd" if number % 2 else "even") / f"{number:06d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(encode(number))
+    return folder
+
+
+def write_clothes(folder, **counts):
+    """The first images of the demo's splits, train=COUNT, test=COUNT, in uneven row groups."""
+    demo = Path(__file__).resolve().parent.parent / "demo" / "fashion_mnist"
+    for split, count in counts.items():
+        pq.write_table(pq.read_table(demo / f"{split}.parquet")[:count], folder / f"{split}.parquet", row_group_size=70)
     return folder

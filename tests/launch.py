@@ -1,10 +1,12 @@
-"""Run the real scripts as their users do."""
+"""Run the real scripts as their users do, in processes of their own or in this one."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,3 +44,27 @@ def log_of(run_dir):
     steps = [line["step"] for line in lines]
     assert steps == sorted(set(steps))
     return lines
+
+
+def call(monkeypatch, capsys, module, *command, run_dir):
+    """probe.py or finetune.py in this process: its result, as result.json and last line tell it; its output."""
+    command = [*map(str, command), "--workers", "0", "--run-dir", str(run_dir)]
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *command])
+    module.main()
+    output = capsys.readouterr().out
+    result = json.loads((Path(run_dir) / "result.json").read_text())
+    assert json.loads(output.strip().splitlines()[-1]) == result
+    return result, output
+
+
+def refused(monkeypatch, capsys, module, *command, run_dir):
+    """A script in this process with a mistake in its command, which ends with one line, code 2 and no run folder: that
+    line."""
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, command), "--run-dir", str(run_dir)])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.strip().splitlines()) == 1, error
+    assert not Path(run_dir).exists(), "nothing is left behind"
+    return error

@@ -11,10 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from arguments import assert_documented, assert_used
-from images import write_parquet
-from launch import ROOT, launch, log_of, succeeded
+from images import write_clothes, write_parquet
+from launch import call, launch, log_of, refused, succeeded
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -31,10 +31,7 @@ from cae import CAE, CAEConfig, sincos_positions, to_beit
 from finetune import Classify, ModelArgs, TrainView, build_model, erase, load_origin, mixing, parameter_groups
 from train import CenterCrop, UserError
 
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def perturbed(**config):
@@ -286,26 +283,15 @@ def test_recipes(method, size, expected):
 
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory):
-    """480 and 101 images of the demo."""
-    root = tmp_path_factory.mktemp("clothes")
-    for name, count in (("train", 480), ("test", 101)):
-        table = pq.read_table(ROOT / "demo" / "fashion_mnist" / f"{name}.parquet").slice(0, count)
-        pq.write_table(table, root / f"{name}.parquet", row_group_size=70)
-    return root
+    return write_clothes(tmp_path_factory.mktemp("clothes"), train=480, test=101)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, clothes, tmp_path):
-    """finetune.py classify in this process: its result, as file and last line tell it; its output."""
-    def call(*flags, run_dir=tmp_path / "run", dataset=clothes):
-        command = [*map(str, flags), "--dataset", str(dataset), "--workers", "0", "--run-dir", str(run_dir)]
-        monkeypatch.setattr(sys, "argv", ["finetune.py", "classify", *command])
-        finetune.main()
-        output = capsys.readouterr().out
-        result = json.loads((Path(run_dir) / "result.json").read_text())
-        assert json.loads(output.strip().splitlines()[-1]) == result
-        return result, output
-    return call
+    """finetune.py classify in this process: its result and output."""
+    def classify(*flags, run_dir=tmp_path / "run", dataset=clothes):
+        return call(monkeypatch, capsys, finetune, "classify", *flags, "--dataset", dataset, run_dir=run_dir)
+    return classify
 
 
 SMALL = ("--random-init", "nano", "--effective-batch-size", 32, "--log-every", 1)
@@ -517,6 +503,7 @@ def test_upload_with_the_call_replaced(run, monkeypatch, tmp_path):
         ("--checkpoint no/such/thing", "--checkpoint no/such/thing cannot be loaded: no/such/thing does not exist"),
         ("--checkpoint {root}/vit", "vit is a vit: a CAE or a BEiT of transformers is needed"),
         ("--checkpoint {root}/empty", "empty"),
+        ("--checkpoint {root}/torn", "torn lacks weights of a BEiT: beit.layers.1.mlp.fc1.bias, ..."),
         ("--random-init nano --size base", "--size base was asked for, but random init nano is nano (96 wide, 4"),
         ("--random-init nano --image-size 30", "--image-size 30 is not divisible by the patch of 4 pixels"),
         ("--random-init nano --batch-size 1 --mixup 0.8", "--mixup and --cutmix mix the images of a batch"),
@@ -540,18 +527,15 @@ def test_mistakes_end_with_one_line_and_code_2(tmp_path, monkeypatch, capsys, fl
         write_parquet(root / "alone", (8,))
     if "/tuned" in flags:
         tuned_folder(root / "tuned")
+    if "/torn" in flags:
+        state = tuned_folder(root / "torn").state_dict()
+        del state["beit.layers.1.mlp.fc1.bias"]
+        save_file(state, root / "torn" / "model.safetensors", {"format": "pt"})
     if "/empty" in flags:
         (root / "empty").mkdir(parents=True)
     flags = flags.format(root=root).split()
     flags += [] if "--dataset" in flags else ["--dataset", "demo"]
-    capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["finetune.py", "classify", *flags, "--run-dir", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as stop:
-        finetune.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error and len(error.strip().splitlines()) == 1, error
-    assert not Path(tmp_path / "run").exists(), "nothing is left behind"
+    assert message in refused(monkeypatch, capsys, finetune, "classify", *flags, run_dir=tmp_path / "run")
 
 
 def test_commands(monkeypatch, capsys):

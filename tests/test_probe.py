@@ -7,14 +7,13 @@ import shutil
 import sys
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from arguments import assert_documented, assert_used
-from images import Numbers, noise_png, write_folder, write_parquet, write_tars
-from launch import ROOT, launch, log_of, succeeded
+from images import Numbers, noise_png, write_clothes, write_folder, write_parquet, write_tars
+from launch import ROOT, call, launch, log_of, refused, succeeded
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import (
@@ -39,12 +38,8 @@ from cae import CAE, CAEConfig, released_name, to_beit
 from probe import LARS, AttentiveHead, EfficientHead, EncoderArgs, Heads, LinearHead, load_encoder
 from train import CenterCrop, DataArgs, LabelArgs, UserError, one_pass, open_labelled
 
+pytestmark = pytest.mark.usefixtures("seeded")
 GOLDEN = ROOT / "tests" / "golden"
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 # The optimizer and the heads.
@@ -630,13 +625,8 @@ def test_the_best_epoch_and_the_best_head_are_told_apart_from_the_last_and_the_r
 )
 def test_mistakes_end_with_one_line_and_code_2(checkpoints, tmp_path, monkeypatch, capsys, flags, message):
     flags = flags.format(root=checkpoints[0]).split()
-    monkeypatch.setattr(sys, "argv", ["probe.py", *flags, "--dataset", "demo", "--run-dir", str(tmp_path / "run")])
-    with pytest.raises(SystemExit) as stop:
-        probe.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert message in error and len(error.strip().splitlines()) == 1, error
-    assert not Path(tmp_path / "run").exists(), "nothing is left behind"
+    error = refused(monkeypatch, capsys, probe, *flags, "--dataset", "demo", run_dir=tmp_path / "run")
+    assert message in error
 
 
 # Runs. In this process where one is enough; test_scripts.py has the same in processes of their own.
@@ -644,27 +634,17 @@ def test_mistakes_end_with_one_line_and_code_2(checkpoints, tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def clothes(tmp_path_factory):
-    """600 and 203 images of the demo, in uneven row groups."""
-    root = tmp_path_factory.mktemp("clothes")
-    for name, count in (("train", 600), ("test", 203)):
-        table = pq.read_table(ROOT / "demo" / "fashion_mnist" / f"{name}.parquet").slice(0, count)
-        pq.write_table(table, root / f"{name}.parquet", row_group_size=70)
-    return root
+    return write_clothes(tmp_path_factory.mktemp("clothes"), train=600, test=203)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, clothes, tmp_path):
-    """probe.py in this process: run("linear", "--lr", 1) -> its result, as file and last line tell it; its output."""
-    def call(*flags, run_dir=tmp_path / "run"):
-        command = [*map(str, flags), "--dataset", str(clothes), "--workers", "0", "--run-dir", str(run_dir)]
-        monkeypatch.setattr(sys, "argv", ["probe.py", *command])
-        probe.main()
-        output = capsys.readouterr().out
-        result = json.loads((Path(run_dir) / "result.json").read_text())
-        assert json.loads(output.strip().splitlines()[-1]) == result
+    """probe.py in this process: run("linear", "--lr", 1) -> its result and output."""
+    def probe_run(*flags, run_dir=tmp_path / "run"):
+        result, output = call(monkeypatch, capsys, probe, *flags, "--dataset", clothes, run_dir=run_dir)
         assert result["images"] == 203 and result["skipped"] == 0
         return result, output
-    return call
+    return probe_run
 
 
 SMALL_BATCH = ("--random-init", "nano", "--effective-batch-size", 64, "--log-every", 1)
@@ -819,8 +799,7 @@ def test_a_folder_is_named_after_task_encoder_and_data():
         ("attentive --kind ep --checkpoint ../x/y.pth", "runs/ep-x-y.pth-imagenet-1k"),
     ]:
         args = train.parse(flags.split(), kind=probe.Command)
-        probe.name_run(args)
-        assert args.run.run_dir == name
+        assert train.name_run(probe.task_of(args), args.encoder, args.data) == name
 
 
 def test_skipped_images_are_in_the_result(monkeypatch, capsys, tmp_path):

@@ -46,7 +46,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -417,7 +417,12 @@ def permutation(n, *parts):
 # ----------------------------------------------------------------------------------------------------------------
 # Images: bytes -> uint8 RGB -> crop.
 
-ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of a cut-off file is used, the rest is grey
+ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of a cut-off file is used, the rest is grey or black
+# A JPEG of 600 bytes may claim 65,500 x 65,500 pixels, which would be 12 GB. A camera's 100 megapixels are 0.3 GB.
+MAX_PIXELS = 2**27
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Image.open refuses more than twice as many, before any of them is decoded
+# Not all that Pillow knows: for EPS it would start Ghostscript, which executes what the file says.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 
 
 def decode(data):
@@ -425,14 +430,17 @@ def decode(data):
 
     torchvision's decoder for JPEG; Pillow for all else and for what that decoder refuses (truncated or odd files).
     """
-    if data[:2] == b"\xff\xd8":
-        try:
-            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # broken EXIF and the like; the pixels decide
-        image = Image.open(io.BytesIO(data))
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)  # the header alone, at 2 % of a JPEG's decoding
+        except UnidentifiedImageError:  # whose message holds an address in memory
+            raise ValueError(f"no image of a known format in {len(data)} bytes") from None
+        if data[:2] == b"\xff\xd8":
+            try:
+                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+            except RuntimeError:  # with an end of its own, what is there of a progressive file is not black
+                image = Image.open(io.BytesIO(data + b"\xff\xd9"), formats=FORMATS)
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to 255
             image = image.convert("I").point(lambda value: value / 256).convert("L")
         if image.mode in ("PA", "LA", "RGBA") or "transparency" in image.info:
@@ -487,7 +495,8 @@ class CenterCrop:
 
     def __call__(self, image, seed):
         """uint8 (3, H, W) -> (uint8 (3, S, S),). The seed has no use."""
-        return (self.transform(image),)
+        longest = 8 * min(image.shape[-2:])  # of 65,500 x 1 pixels the middle alone: resized, the whole were 13 GB
+        return (self.transform(TF.center_crop(image, [min(side, longest) for side in image.shape[-2:]])),)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -738,10 +747,11 @@ def load_chunk(source, prepare, seed, wanted):
     labelled = ("labels",) if source.classes else ()
     chunk = {name: [] for name in (*prepare.names, "ids", *labelled, "skipped")}
     for epoch, image_id, row in wanted:
-        image, path = row[source.image_column], None
+        path = None
         try:
-            path = image["path"]
-            data = image["bytes"]
+            image = row[source.image_column] or {}
+            data, path = image.get("bytes"), image.get("path")
+            require(data is not None or path, "the row holds no image")
             if data is None:  # a file of its own, here or on the Hub
                 with fsspec.open(path, "rb") as file:
                     data = file.read()

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import os
+import pickle
 import re
 import shlex
 import shutil
@@ -283,7 +284,8 @@ def load_origin(args, seed=0):
         require(config["model_type"] == "beit",
                 f"--checkpoint {name} is a {config['model_type']}: a CAE or a BEiT of transformers is needed")
         return of_beit(folder, config)
-    except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, HfHubHTTPError,
+            pickle.UnpicklingError) as error:  # fmt: skip
         raise UserError(f"--checkpoint {name} cannot be loaded: {first_line(error)}") from error
 
 

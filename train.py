@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import os
+import pickle
 import re
 import shutil
 import sys
@@ -44,6 +45,7 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import gather_object
+from accelerate.utils import load as load_pickle
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -55,6 +57,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from cae import (
+    BAD_PICKLE,
     CAE,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -571,6 +574,8 @@ def open_builder(dataset):
         raise UserError(f"data set folder {path} holds no images, Parquet or .tar files") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
         raise UserError(f"data set {dataset} cannot be reached: {first_line(error)}") from error
+    except RuntimeError as error:  # a script of its own, which datasets no longer executes
+        raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
 
 
 def choose_columns(args, features):
@@ -728,6 +733,8 @@ def count_images(builder, split):
 
 
 def first_line(error):
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):  # PyTorch's own would recommend to switch safety off
+        return BAD_PICKLE
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
@@ -1111,7 +1118,7 @@ def load_pretrained(name, model_class, kinds, description, flag="--teacher"):
         if missing:
             raise UserError(f"{flag} {name} lacks weights of {description}: {', '.join(missing[:3])}, ...")
         return model
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"{flag} {name} cannot be loaded: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -1380,9 +1387,25 @@ def make_run_dir(folder):
         raise UserError(f"run folder {folder} is not writable: {error.strerror}; choose another --run-dir") from error
 
 
+def check_pickles(folder):
+    """Raises UserError for a pickled file that is damaged, or holds more than tensors and plain data.
+
+    Nothing in it is executed. Accelerate itself would: what is registered with it (finetune.py's average) it reads
+    without this care, and of a bad file of generator states it says nothing.
+    """
+    for file in sorted(f for f in folder.glob("*") if f.suffix in (".bin", ".pkl", ".pt")):
+        try:
+            load_pickle(file, map_location="cpu", weights_only=True, mmap=True)  # mmap: no tensor is read
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise UserError(
+                f"checkpoint {folder} does not fit or is damaged: {file.name} cannot be read: {BAD_PICKLE}"
+            ) from error
+
+
 def load_checkpoint(accelerator, path):
     """Model and optimizer in place; returns trainer.json's object, and this rank's place in the data. Raises
     UserError."""
+    check_pickles(path)
     try:
         accelerator.load_state(str(path))
         trainer = json.loads((path / "trainer.json").read_text())

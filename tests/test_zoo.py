@@ -18,6 +18,8 @@ from train import CenterCrop, Crops, DataArgs, Stream, decode, load_chunk, one_p
 CASES = {case.name: case for case in zoo.zoo()}
 FILES = [case for case in CASES.values() if not case.row]
 USED = [case for case in FILES if case.used]
+BASE = resolve(train.parse(["--size", "base"]))
+VIEWS = [Crops(BASE, train.model_config(BASE)), CenterCrop(224, 0.875), CenterCrop(224, 1.0)]
 GREYS = [round(0.299 * r + 0.587 * g + 0.114 * b) for r, g, b in COLOURS]
 
 
@@ -103,10 +105,9 @@ def test_the_orientation_of_exif_is_ignored_as_in_the_released_code():
 @pytest.mark.parametrize("name", [case.name for case in USED])
 def test_every_used_image_gives_every_view(name):
     """At 224 pixels. Of one colour before, of one colour after: nothing is read from outside the image."""
-    args = resolve(train.parse(["--size", "base"]))
     image = decode(CASES[name].data)
     plain = name in ("one.png", "one.jpg", "wide.jpg", "tall.png", "line.jpg")
-    for view in (Crops(args, train.model_config(args)), CenterCrop(224, 0.875), CenterCrop(224, 1.0)):
+    for view in VIEWS:
         got = view(image, 3)[0]
         assert got.shape == (3, 224, 224) and got.dtype == torch.uint8
         if plain:

@@ -426,24 +426,38 @@ MAX_PIXELS = 2**27
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Image.open refuses more than twice as many, before any of them is decoded
 # Not all that Pillow knows: for EPS it would start Ghostscript, which executes what the file says.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+# Segments that may stand before the size of a JPEG: tables, comments, application data.
+BEFORE_SIZE = {bytes((0xFF, kind)) for kind in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))}
+
+
+def jpeg_pixels(data):
+    """The number of pixels that a JPEG claims to have, infinite where its header is out of order. Pillow's way to it
+    would cost up to 8 % of the decoding, this one 0.3 %."""
+    at = 2
+    while data[at : at + 2] in BEFORE_SIZE:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if data[at : at + 2] not in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"):  # baseline, extended, progressive
+        return math.inf
+    return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
 
 
 def decode(data):
-    """Encoded bytes of any common format -> uint8 (3, H, W). Raises an exception of any kind for what is no image.
+    """Encoded bytes of any common format -> uint8 (3, H, W). Raises an exception of any kind for what is no image, or
+    claims more than MAX_PIXELS.
 
     torchvision's decoder for JPEG; Pillow for all else and for what that decoder refuses (truncated or odd files).
     """
+    if data[:2] == b"\xff\xd8" and jpeg_pixels(data) <= MAX_PIXELS:  # torchvision itself has no limit
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError:
+            data += b"\xff\xd9"  # an end; of a progressive file without one, Pillow makes black
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # broken EXIF and the like; the pixels decide
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)  # the header alone, at 2 % of a JPEG's decoding
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
         except UnidentifiedImageError:  # whose message holds an address in memory
-            raise ValueError(f"no image of a known format in {len(data)} bytes") from None
-        if data[:2] == b"\xff\xd8":
-            try:
-                return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-            except RuntimeError:  # with an end of its own, what is there of a progressive file is not black
-                image = Image.open(io.BytesIO(data + b"\xff\xd9"), formats=FORMATS)
+            raise ValueError("no image of a known format") from None
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to 255
             image = image.convert("I").point(lambda value: value / 256).convert("L")
         if image.mode in ("PA", "LA", "RGBA") or "transparency" in image.info:

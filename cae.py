@@ -24,6 +24,7 @@ import json
 import logging
 import math
 import os
+import pickle
 import re
 import sys
 import tempfile
@@ -722,6 +723,9 @@ def load_official(path_or_state_dict, **overrides):
     return model.eval()
 
 
+BAD_PICKLE = "it is damaged, or holds more than tensors and plain data; nothing in it was executed"
+
+
 def _read_official(source):
     """Path, Hub path or dict -> {released name: tensor}. Raises ValueError or FileNotFoundError."""
     state, path = source, str(source)
@@ -740,8 +744,7 @@ def _read_official(source):
                 with torch.serialization.safe_globals([argparse.Namespace]):
                     state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged pickle can fail in any way, down to struct.error and IndexError
-            reason = "it is damaged, or holds more than tensors and plain data; nothing in it was executed"
-            raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
+            raise ValueError(f"{path} cannot be read as a checkpoint: {BAD_PICKLE}") from error
     state = state.get("model", state) if isinstance(state, dict) else state
     named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
     if not named or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
@@ -837,6 +840,8 @@ def load_model(checkpoint):
     try:
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints
             return CAE.from_pretrained(path)  # in eval mode
+    except (pickle.UnpicklingError, EOFError) as error:  # of the Hub, where no model.safetensors is
+        raise ValueError(f"{name} cannot be loaded: {BAD_PICKLE}") from error
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
         reason = textwrap.shorten(str(error), 400)
         raise ValueError(f"{name} cannot be loaded: it is damaged or incomplete ({reason})") from error

@@ -14,7 +14,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import sys
 import time
 from contextlib import nullcontext
@@ -30,22 +29,20 @@ from train import (  # first: it sets the environment for torch
     CenterCrop,
     DataArgs,
     LabelArgs,
-    Log,
     RunArgs,
     RunError,
     Stream,
     all_or_none,
-    checkpoints,
     command_line,
     crop_and_flip,
     default,
     digest,
     evaluate,
-    evaluates_at,
+    finite,
     first_line,
+    fit,
     flat,
     images_of,
-    key,
     learning_rate,
     length_of_run,
     load_checkpoint,
@@ -58,14 +55,16 @@ from train import (  # first: it sets the environment for torch
     parse,
     prepare,
     prepare_run_dir,
-    publish,
+    publish_files,
+    report_resume,
     require,
     require_not_negative,
     require_views,
     resolve_run,
-    save_checkpoint,
+    skip_if,
     to_device,
     write_aside,
+    write_config,
 )
 
 # isort: split
@@ -475,25 +474,25 @@ def classify(args):
         torch.manual_seed(run.seed)
         model = build_model(args.model, origin, classes)
         if not recipe.eval_only:
-            total, steps_per_pass, warmup = length_of_run(run, data, train_source, recipe.warmup_epochs, 20)
+            total, _, warmup = length_of_run(run, data, train_source, recipe.warmup_epochs, 20)
             require(recipe.ema == 0 or total * (1 - recipe.ema) >= 3,
                     f"--ema {recipe.ema} averages over more steps than a third of the {total} of the run: lower it")
         values = {**json.loads(json.dumps(flat(args))), "task": "classify", "weights": digest(origin.beit)}
-        checkpoint = prepare_run_dir(run, values)
+        resume = prepare_run_dir(run, values)
     skipped = []
-    batch_size, effective = data.batch_size, data.effective_batch_size
-    accumulation = effective // (batch_size * world)
+    effective = data.effective_batch_size
+    accumulation = effective // (data.batch_size * world)
     if accelerator.is_main_process:
-        write_aside(run_dir / "config.json",
-                    json.dumps({"args": values, "model": model.config.to_dict()}, indent=2))  # fmt: skip
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         length = "evaluation only" if recipe.eval_only else f"{total} steps"
         print(f"classify: {origin.name}, {millions:.1f} M parameters, {args.model.image_size} pixels, {len(classes)} "
-              f"classes; {world} process{'es' * (world > 1)} x {batch_size} images x {accumulation} = {effective} "
+              f"classes; {world} process{'es' * (world > 1)} x {data.batch_size} images x {accumulation} = {effective} "
               f"images a step; {length}; {'fp32' if precision == 'no' else precision} on {device}; {run_dir}",
               flush=True)  # fmt: skip
     facts = {"origin": origin.name, "method": origin.method, "size": origin.size, "classes": len(classes)}
     if recipe.eval_only:
+        if accelerator.is_main_process:
+            write_config(run_dir, values, model.config.to_dict())
         model.to(device).eval()
         batches = to_evaluate(args, val_source, accelerator, skipped)
         accuracy, images = evaluate(accelerator, lambda x: model(x).logits, batches)
@@ -514,30 +513,27 @@ def classify(args):
     if average:
         average.eval().requires_grad_(False).update_parameters(bare)  # the first call copies: it starts from here
         accelerator.register_for_checkpointing(average)
-    start, place, evaluations = 0, None, []
-    if checkpoint:
-        trainer, place = load_checkpoint(accelerator, checkpoint)
-        start, evaluations = trainer["step"], trainer["evaluations"]
-        if accelerator.is_main_process:
-            print(f"continuing from {checkpoint}" if start < total else f"{run_dir} is complete: {start} steps")
+    trainer, places = load_checkpoint(accelerator, resume, run_dir, data.parts)
+    evaluations = trainer.get("evaluations", [])
+    if accelerator.is_main_process:
+        write_config(run_dir, values, bare.config.to_dict(), trainer["changed"])
+        report_resume(resume, trainer, total, run_dir)
     view = TrainView(args.model.image_size, recipe)
-    stream = Stream(train_source, view, data, run.seed, rank, world, place)
+    streams = [Stream(train_source, view, data, run.seed, part, data.parts, place, trainer["first_pass"])
+               for part, place in zip(range(rank, data.parts, world), places, strict=True)]  # fmt: skip
     mix = mixing(recipe, len(classes))
     if run.tracker != "none":
         accelerator.init_trackers("cae-finetune", config={k: str(v) for k, v in flat(args).items()})
-    log = Log(accelerator, run_dir, start, total)
     model.train()
     peak = recipe.lr * effective / 1024
-    sums, steps, waited, since = {}, 0, 0.0, time.perf_counter()
-    for step in range(start, total):
+
+    def learn(step, batches):
+        """One optimizer step."""
         lr = learning_rate(step, total, warmup, peak, recipe.min_lr)
         for group in optimizer.param_groups:
             group["lr"] = lr * group["scale"]
-        for micro in range(accumulation):
-            asked = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - asked
-            torch.manual_seed(key(run.seed, step, micro, rank))  # noise, mixing, stochastic depth
+        mean = 0.0
+        for micro, batch in enumerate(batches):
             images, labels = look(batch["images"], device), to_device(batch["labels"], device)
             if recipe.erasing:
                 images = erase(images, to_device(batch["erase"], device))
@@ -545,77 +541,46 @@ def classify(args):
             with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(model):
                 logits = model(images).logits.float()                                    # (B, C)
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-                accelerator.backward(loss / accumulation)
-            sums["loss"] = sums.get("loss", 0.0) + loss.detach() / accumulation
+                accelerator.backward(loss * finite(loss) / accumulation)
+            mean = mean + loss.detach() / accumulation
         norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-        sums["grad_norm"] = sums.get("grad_norm", 0.0) + norm.detach()
+        bad = ~torch.isfinite(norm)
+        skip_if(bad, accelerator, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if average:
             with torch.no_grad():  # update_parameters would ask the device for its count, and wait
                 average.multi_avg_fn(list(average.module.parameters()), list(bare.parameters()), None)
-        steps, done = steps + 1, step + 1
-        log.bar.update()
+        return {"loss": mean, "grad_norm": norm, "bad": bad, "lr": lr}
 
-        evaluates = evaluates_at(done, total, steps_per_pass, recipe.eval_every)
-        writes = done % run.checkpoint_every == 0 or done == total
-        if not (done % run.log_every == 0 or evaluates or writes):
-            continue
-        # the only place where the host waits for the device
-        means = (accelerator.reduce(torch.stack([value / steps for value in sums.values()]), "mean")).tolist()
-        means, seconds = dict(zip(sums, means, strict=True)), time.perf_counter() - since
-        # with fp16 the scaler skips a step whose gradient is not finite
-        require_finite([means["loss"]] if precision == "fp16" else means.values(), done, run_dir)
-        epoch, found = round(done / steps_per_pass, 4) if steps_per_pass else None, {}
-        if evaluates:
-            best.eval()
-            batches = to_evaluate(args, val_source, accelerator, skipped)
-            accuracy, images = evaluate(accelerator, lambda x: best(x).logits, batches)
-            model.train()
-            require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
-            evaluations.append({"step": done, "epoch": epoch, "images": images, "accuracy": accuracy})
-            found = {"top1": accuracy[0], "top5": accuracy[1]}
-        names = gather_object(stream.skipped_names)
-        stream.skipped_names = []
-        log.write({
-            "step": done,
-            "epoch": epoch,
-            **means,
-            **found,
-            "lr": lr,
-            "images": done * effective,
-            "images_per_second": round(steps * effective / seconds, 1),
-            "data_wait": round(waited / seconds, 4),
-            **({"skipped_files": names} if names else {}),
-        }, shown=done % run.log_every == 0 or done == total)  # fmt: skip
-        is_best = evaluates and evaluations[-1] is best_of(evaluations)
-        if accelerator.is_main_process and (is_best or (evaluates and not (run_dir / "best").exists())):
-            write_model(run_dir / "best", best, args, facts, evaluations[-1])
-        if writes:
-            save_checkpoint(accelerator, run_dir, done, stream, run.keep, evaluations=evaluations)
-            if accelerator.is_main_process:
-                write_model(run_dir / "model", best, args, facts, evaluations[-1] if evaluates else None)
-        sums, steps, waited, since = {}, 0, 0.0, time.perf_counter()
-    log.bar.close()
-    if start >= total:  # a finished run: resumed by its path into a new folder, or cut off before model/ was written
-        if not checkpoints(run_dir):
-            save_checkpoint(accelerator, run_dir, start, stream, run.keep, evaluations=evaluations)
-        if accelerator.is_main_process:
-            write_model(run_dir / "model", best, args, facts, evaluations[-1])
+    def judge(step, epoch, means):
+        """Evaluate, and write best/ if there was nothing better."""
+        best.eval()
+        accuracy, images = evaluate(accelerator, lambda x: best(x).logits,
+                                    to_evaluate(args, val_source, accelerator, skipped))  # fmt: skip
+        model.train()
+        require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
+        evaluations.append({"step": step, "epoch": epoch, "images": images, "accuracy": accuracy})
+        is_best = evaluations[-1] is best_of(evaluations) or not (run_dir / "best").exists()
+        if accelerator.is_main_process and is_best:
+            try:
+                publish_files(run_dir / "best", lambda folder: write_model(folder, step))
+            except OSError as error:
+                print(f"warning: {run_dir / 'best'} could not be written: {first_line(error)}", file=sys.stderr)
+        return {"top1": accuracy[0], "top5": accuracy[1]}
+
+    def write_model(folder, step):
+        evaluation = next((e for e in evaluations if e["step"] == step), None)
+        write_classifier(folder, best, args, facts, step, evaluation)
+
+    fit(accelerator, run, data, train_source, streams, learn, total, trainer, write_model=write_model,
+        evaluate=judge, eval_every=recipe.eval_every, state=lambda: {"evaluations": evaluations})  # fmt: skip
     finish(args, accelerator, evaluations, facts, len(skipped), began)
 
 
 def names_classes(source):
     """Whether the data set itself names its classes."""
     return isinstance(source.data.features[source.label_column], datasets.ClassLabel)
-
-
-def require_finite(values, step, run_dir):
-    """Raises RunError if one is not a number."""
-    if not all(map(math.isfinite, values)):
-        good = checkpoints(run_dir)
-        raise RunError(f"loss or gradient is not finite by step {step}; the last good checkpoint is "
-                       f"{good[-1] if good else 'none: none was written yet'}")  # fmt: skip
 
 
 def best_of(evaluations):
@@ -638,19 +603,16 @@ def image_processor(args):
     )  # fmt: skip
 
 
-def write_model(folder, model, args, facts, evaluation):
-    """model/: a folder that transformers loads, with image processor and model card. Replaced as a whole."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+def write_classifier(folder, model, args, facts, step, evaluation):
+    """model/: what transformers loads, with image processor and model card."""
     bare = model.module if isinstance(model, AveragedModel) else model
     transformers_logging.disable_progress_bar()  # of a single file
-    bare.save_pretrained(temporary)
-    image_processor(args).save_pretrained(temporary)
-    model_card(args, facts, evaluation).save(temporary / "README.md")
-    publish(temporary, folder)
+    bare.save_pretrained(folder)
+    image_processor(args).save_pretrained(folder)
+    model_card(args, facts, step, evaluation).save(folder / "README.md")
 
 
-def model_card(args, facts, evaluation):
+def model_card(args, facts, step, evaluation):
     """What was trained, on what, how, and how good it is."""
     data, recipe = args.data, args.recipe
     is_hub = "/" in data.dataset and not Path(data.dataset).exists()
@@ -661,7 +623,7 @@ def model_card(args, facts, evaluation):
         top1, top5 = evaluation["accuracy"]
         accuracy = (f"top-1 {top1:.2f} %, top-5 {top5:.2f} % on the {evaluation['images']} images of split "
                     f"`{args.labels.val_split}`")  # fmt: skip
-    values = {**flat(args), "steps done": evaluation["step"] if evaluation else 0}
+    values = {**flat(args), "steps done": step}
     lines = "\n".join(f"| {name} | {value} |" for name, value in values.items())
     return ModelCard(f"""---
 {card.to_yaml()}

@@ -33,23 +33,21 @@ from train import (  # first: it sets the environment for torch
     DeviceArgs,
     ImagesArgs,
     LabelArgs,
-    Log,
     RunArgs,
-    RunError,
     Stream,
     UserError,
     all_or_none,
-    checkpoints,
     command_line,
     crop_and_flip,
     default,
     digest,
     evaluate,
-    evaluates_at,
     first_line,
+    fit,
     flat,
     hits,
     images_of,
+    key,
     learning_rate,
     length_of_run,
     load_checkpoint,
@@ -64,14 +62,15 @@ from train import (  # first: it sets the environment for torch
     permutation,
     prepare,
     prepare_run_dir,
+    report_resume,
     require,
     require_not_negative,
     require_views,
     resolve_images,
     resolve_run,
-    save_checkpoint,
     to_device,
     write_aside,
+    write_config,
 )
 
 # isort: split
@@ -277,6 +276,8 @@ def resolve(args, encoder, world=1):
         return args
     effective = 256 if data.dataset == "demo" else {"linear": 16384, "attentive": 8192, "ep": 4096}[task_of(args)]
     resolve_run(data, run, world, batch=512, effective=effective, epochs=90.0)
+    require(data.parts == world, f"--parts {data.parts}: BatchNorm sees the batch of a process, so that the number of "
+                                 f"processes matters: use {data.parts} processes, or another --run-dir")  # fmt: skip
     require(data.effective_batch_size // world > 1,
             f"--effective-batch-size {data.effective_batch_size}: BatchNorm needs two images in every process")
     default(probe, "crop_scale", (0.4, 1.0) if small else (0.08, 1.0))
@@ -701,29 +702,34 @@ def make_heads(args, encoder, num_classes):
 class CachedStream:
     """A rank's endless stream of batches from its extracted features; the order is a pure function of (seed, pass)."""
 
-    def __init__(self, features, labels, size, seed, probe, place=None):
+    skipped, skipped_names = 0, ()  # told when they were extracted
+
+    def __init__(self, features, labels, size, seed, probe, place=None, first_pass=0):
         self.features, self.labels, self.size, self.seed, self.rank = features, labels, size, seed, probe.rank
         digest = hashlib.blake2b(labels.cpu().numpy(), digest_size=8).hexdigest()  # tells the images and their order
         self.layout = {"processes": probe.world, "batch_size": size, "labels": digest}
         if place and place["layout"] != self.layout:
             raise UserError(f"the checkpoint divides the data otherwise ({place['layout']} -> {self.layout}): keep the "
                             "old number of processes and --workers, or pass another --run-dir")  # fmt: skip
-        self.taken = place["taken"] if place else 0
-        self.epoch, self.order, self.skipped_names = None, None, []
+        self.taken = place["taken"] if place else first_pass * len(labels)
+        self.seen = place["seen"] if place else 0
+        self.epoch, self.order = first_pass, None
 
     def state_dict(self):
-        return {"taken": self.taken, "layout": self.layout}
+        return {"taken": self.taken, "pass": self.epoch, "seen": self.seen, "layout": self.layout}
 
     def __next__(self):
         rows, size = [], self.size
         while size:
             epoch, first = divmod(self.taken, len(self.labels))
-            if epoch != self.epoch:
+            if epoch != self.epoch or self.order is None:
                 self.epoch, self.order = epoch, torch.tensor(permutation(len(self.labels), self.seed, epoch, self.rank))
             part = self.order[first : first + size]
             rows.append(part)
             size, self.taken = size - len(part), self.taken + len(part)
-        rows = to_device(torch.cat(rows), self.features.device)
+        rows = torch.cat(rows)
+        self.seen = key(self.seen, rows.numpy().tobytes())
+        rows = to_device(rows, self.features.device)
         return {"features": self.features[rows], "labels": self.labels[rows]}
 
 
@@ -736,7 +742,7 @@ def join_statistics(accelerator, heads):
             buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))
 
 
-def extract_once(probe, train_source, val_source, place, knn_of_before):
+def extract_once(probe, train_source, val_source, place, first_pass, knn_of_before):
     """What is extracted once for a linear or attentive probe: (stream, features to evaluate on, kNN rows), each None
     where there is no need. The images to learn from are extracted if asked to, those to evaluate on unless all their
     tokens are wanted, pooled features of both for kNN."""
@@ -751,14 +757,15 @@ def extract_once(probe, train_source, val_source, place, knn_of_before):
             pool = pooled if select is not pooled and isinstance(args, Attentive) else (lambda x: x)
             rows = knn_rows(probe, *((pool(x), y) for x, y in (bank, val)), len(train_source.classes))
         if cached:
-            stream = CachedStream(probe.look(bank[0]), bank[1], args.data.batch_size, args.run.seed, probe, place)
+            features = probe.look(bank[0])
+            stream = CachedStream(features, bank[1], args.data.batch_size, args.run.seed, probe, place, first_pass)
             val = probe.look(val[0]), val[1]
         elif isinstance(args, Attentive):
             val = None
     return stream, val, rows
 
 
-def train_heads(probe, train_source, val_source, checkpoint):
+def train_heads(probe, train_source, val_source, resume, config):
     """Train the heads of a linear or attentive probe: (settings, evaluations, kNN rows or None), or None if this run is
     complete already. Raises UserError and RunError."""
     args, accelerator, device = probe.args, probe.accelerator, probe.device
@@ -770,10 +777,8 @@ def train_heads(probe, train_source, val_source, checkpoint):
     heads, settings, optimizer = make_heads(args, probe.encoder, num_classes)
     heads, optimizer = prepare(accelerator, heads, optimizer)
     bare = accelerator.unwrap_model(heads)
-    start, place, evaluations, rows = 0, None, [], None
-    if checkpoint:
-        trainer, place = load_checkpoint(accelerator, checkpoint)
-        start, evaluations, rows = trainer["step"], trainer["evaluations"], trainer["knn"]
+    trainer, (place,) = load_checkpoint(accelerator, resume, run_dir, probe.world)
+    start, evaluations, rows = trainer["step"], trainer.get("evaluations", []), trainer.get("knn")
     complete = start >= total and (run_dir / "result.json").exists()
     if accelerator.is_main_process:
         per_image = "features cached" if asked.cache_features else "random crops and flips"
@@ -784,15 +789,16 @@ def train_heads(probe, train_source, val_source, checkpoint):
         if steps_per_pass and steps_per_pass < 4:
             print(f"a pass is only {steps_per_pass:.1f} steps: a smaller --effective-batch-size learns more from "
                   f"{train_source.num_images} images", file=sys.stderr)  # fmt: skip
-        if start:
-            print(f"{run_dir} is complete: {start} steps" if complete else f"continuing from {checkpoint}")
+        write_config(run_dir, *config, trainer["changed"])
+        report_resume(resume, trainer, total, run_dir)
     if complete:
         return None
 
-    stream, val, rows = extract_once(probe, train_source, val_source, place, rows)
+    stream, val, rows = extract_once(probe, train_source, val_source, place, trainer["first_pass"], rows)
     if stream is None:
         view = Augment(args.encoder.image_size, asked.crop_scale, asked.flip)
-        stream = Stream(train_source, view, data, run.seed, probe.rank, probe.world, place)
+        first = trainer["first_pass"]
+        stream = Stream(train_source, view, data, run.seed, probe.rank, probe.world, place, first)
 
     def to_evaluate():
         if val is None:
@@ -801,18 +807,15 @@ def train_heads(probe, train_source, val_source, checkpoint):
 
     if run.tracker != "none":
         accelerator.init_trackers("cae-probe", config={k: str(v) for k, v in flat(args).items()})
-    log = Log(accelerator, run_dir, start, total)
     heads.train()
-    sums, steps, waited, since = 0.0, 0, 0.0, time.perf_counter()
-    for step in range(start, total):
+
+    def learn(step, batches):
+        """One optimizer step, on the features of all forward passes together: BatchNorm sees the whole batch."""
         factor = learning_rate(step, total, warmup, 1.0, 0.0)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
         features, labels = [], []
-        for _ in range(forwards):
-            begun = time.perf_counter()
-            batch = next(stream)
-            waited += time.perf_counter() - begun
+        for batch in batches:
             fresh = batch["features"] if asked.cache_features else probe.look(probe.see(batch["images"], probe.keep))
             features.append(fresh)
             labels.append(to_device(batch["labels"], device))
@@ -822,50 +825,27 @@ def train_heads(probe, train_source, val_source, checkpoint):
         accelerator.backward(loss.sum())  # no head's loss depends on another's weights
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        sums, steps, done = sums + loss.detach(), steps + 1, step + 1
-        log.bar.update()
+        bad = ~torch.isfinite(loss).any()  # a head may diverge by itself
+        return {"loss": loss[0], "loss_heads": loss, "bad": bad, "lr": optimizer.param_groups[0]["lr"]}
 
-        evaluates = evaluates_at(done, total, steps_per_pass, asked.eval_every)
-        writes = done % run.checkpoint_every == 0 or done == total
-        if not (done % run.log_every == 0 or evaluates or writes):
-            continue
-        # the only place where the host waits for the device
-        losses, seconds = accelerator.reduce(sums / steps, "mean").tolist(), time.perf_counter() - since
-        losses = [value if math.isfinite(value) else None for value in losses]
-        if not any(value is not None for value in losses):
-            raise RunError(f"the loss of every head is not finite at step {done}: try a smaller --lr")
-        epoch, found = round(done / steps_per_pass, 4) if steps_per_pass else None, {}
-        if evaluates or writes:  # a checkpoint holds one rank's statistics for all
-            join_statistics(accelerator, bare)
-        if evaluates:
-            heads.eval()
-            accuracy, images = evaluate(accelerator, bare, to_evaluate(), (len(settings),))
-            heads.train()
-            require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
-            evaluations.append({"step": done, "epoch": epoch, "images": images, "loss": losses, "accuracy": accuracy})
-            found = {"top1": accuracy[0][0], "top5": accuracy[0][1], "top1_heads": [top1 for top1, _ in accuracy]}
-        names = gather_object(stream.skipped_names)
-        stream.skipped_names = []
-        log.write({
-            "step": done,
-            "epoch": epoch,
-            "loss": losses[0],
-            "loss_heads": losses,
-            **found,
-            "lr": optimizer.param_groups[0]["lr"],
-            "images": done * effective,
-            "images_per_second": round(steps * effective / seconds, 1),
-            "data_wait": round(waited / seconds, 4),
-            **({"skipped_files": names} if names else {}),
-        }, shown=done % run.log_every == 0 or done == total)  # fmt: skip
-        if writes:
-            save_checkpoint(accelerator, run_dir, done, stream, run.keep, evaluations=evaluations, knn=rows)
-        sums, steps, waited, since = 0.0, 0, 0.0, time.perf_counter()
-    log.bar.close()
-    if start >= total and not checkpoints(run_dir):  # a finished run, resumed by its path into a new folder
-        save_checkpoint(accelerator, run_dir, start, stream, run.keep, evaluations=evaluations, knn=rows)
+    def judge(step, epoch, means):
+        join_statistics(accelerator, bare)
+        heads.eval()
+        accuracy, images = evaluate(accelerator, bare, to_evaluate(), (len(settings),))
+        heads.train()
+        require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
+        losses = [loss if math.isfinite(loss) else None for loss in means["loss_heads"]]
+        evaluations.append({"step": step, "epoch": epoch, "images": images, "loss": losses, "accuracy": accuracy})
+        return {"top1": accuracy[0][0], "top5": accuracy[0][1], "top1_heads": [top1 for top1, _ in accuracy]}
+
+    def state():
+        join_statistics(accelerator, bare)  # a checkpoint holds one rank's statistics for all
+        return {"evaluations": evaluations, "knn": rows}
+
+    fit(accelerator, run, data, train_source, [stream], learn, total, trainer,
+        evaluate=judge, eval_every=asked.eval_every, state=state)  # fmt: skip
     if not asked.cache_features:
-        probe.skipped["train"] = stream.place["skipped"]
+        probe.skipped["train"] = stream.skipped
     return settings, evaluations, rows
 
 
@@ -992,21 +972,21 @@ def evaluate_encoder(args):
                                   "token and the patches, is needed")  # fmt: skip
         train_source, val_source = open_labelled(args.data, args.labels, world if trains else 1)
         values = {**json.loads(json.dumps(flat(args))), "task": task_of(args), "weights": digest(encoder.model)}
-        run_dir, checkpoint = Path(args.run.run_dir), None
+        run_dir = Path(args.run.run_dir)
         if trains:
             length_of_run(args.run, args.data, train_source, args.probe.warmup_epochs, 9)  # for its mistakes
-            checkpoint = prepare_run_dir(args.run, values)
+            resume = prepare_run_dir(args.run, values)
         else:
             kept = [name for name in ("checkpoints", "log.jsonl", "model") if (run_dir / name).exists()]
             require(not kept, f"run folder {run_dir} holds a run of another kind: pass another --run-dir")
             make_run_dir(run_dir)
     description = {name: getattr(encoder, name) for name in ("kind", "dim", "patch_size")}
-    if accelerator.is_main_process:
-        write_aside(run_dir / "config.json", json.dumps({"args": values, "model": description}, indent=2))
+    if accelerator.is_main_process and not trains:
+        write_config(run_dir, values, description)
 
     probe, num_classes, found = Probe(args, encoder, accelerator), len(train_source.classes), None
     if trains:
-        trained = train_heads(probe, train_source, val_source, checkpoint)
+        trained = train_heads(probe, train_source, val_source, resume, (values, description))
         if trained:
             settings, evaluations, rows = trained
             found = {**summary(args, settings, evaluations), **({"knn": rows} if rows else {})}

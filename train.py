@@ -48,9 +48,10 @@ import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import load as load_pickle
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -59,6 +60,7 @@ from torchvision.transforms.v2 import functional as TF
 from tqdm.auto import tqdm
 
 from cae import (
+    BAD_PICKLE,
     CAE,
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -470,22 +472,44 @@ def permutation(n, *parts):
 # ----------------------------------------------------------------------------------------------------------------
 # Images: bytes -> uint8 RGB -> crop.
 
-ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of a cut-off file is used, the rest is grey
+ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of a cut-off file is used, the rest is grey or black
+# A JPEG of 600 bytes may claim 65,500 x 65,500 pixels, which would be 12 GB. A camera's 100 megapixels are 0.3 GB.
+MAX_PIXELS = 2**27
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Image.open refuses more than twice as many, before any of them is decoded
+# Not all that Pillow knows: for EPS it would start Ghostscript, which executes what the file says.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+# Segments that may stand before the size of a JPEG: tables, comments, application data.
+BEFORE_SIZE = {bytes((0xFF, kind)) for kind in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))}
+
+
+def jpeg_pixels(data):
+    """The number of pixels that a JPEG claims to have, infinite where its header is out of order. Pillow's way to it
+    would cost up to 8 % of the decoding, this one 0.3 %."""
+    at = 2
+    while data[at : at + 2] in BEFORE_SIZE:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if data[at : at + 2] not in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"):  # baseline, extended, progressive
+        return math.inf
+    return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
 
 
 def decode(data):
-    """Encoded bytes of any common format -> uint8 (3, H, W). Raises an exception of any kind for what is no image.
+    """Encoded bytes of any common format -> uint8 (3, H, W). Raises an exception of any kind for what is no image, or
+    claims more than MAX_PIXELS.
 
     torchvision's decoder for JPEG; Pillow for all else and for what that decoder refuses (truncated or odd files).
     """
-    if data[:2] == b"\xff\xd8":
+    if data[:2] == b"\xff\xd8" and jpeg_pixels(data) <= MAX_PIXELS:  # torchvision itself has no limit
         try:
             return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
         except RuntimeError:
-            pass
+            data += b"\xff\xd9"  # an end; of a progressive file without one, Pillow makes black
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # broken EXIF and the like; the pixels decide
-        image = Image.open(io.BytesIO(data))
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:  # whose message holds an address in memory
+            raise ValueError("no image of a known format") from None
         if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to 255
             image = image.convert("I").point(lambda value: value / 256).convert("L")
         if image.mode in ("PA", "LA", "RGBA") or "transparency" in image.info:
@@ -541,7 +565,8 @@ class CenterCrop:
 
     def __call__(self, image, seed):
         """uint8 (3, H, W) -> (uint8 (3, S, S),). The seed has no use."""
-        return (self.transform(image),)
+        longest = 8 * min(image.shape[-2:])  # of 65,500 x 1 pixels the middle alone: resized, the whole were 13 GB
+        return (self.transform(TF.center_crop(image, [min(side, longest) for side in image.shape[-2:]])),)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -616,6 +641,8 @@ def open_builder(dataset):
         raise UserError(f"data set folder {path} holds no images, Parquet or .tar files") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
         raise UserError(f"data set {dataset} cannot be reached: {first_line(error)}") from error
+    except RuntimeError as error:  # a script of its own, which datasets no longer executes
+        raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
 
 
 def choose_columns(args, features):
@@ -773,6 +800,8 @@ def count_images(builder, split):
 
 
 def first_line(error):
+    if isinstance(error, (pickle.UnpicklingError, EOFError)):  # PyTorch's own would recommend to switch safety off
+        return BAD_PICKLE
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
@@ -792,10 +821,11 @@ def load_chunk(source, prepare, seed, wanted):
     labelled = ("labels",) if source.classes else ()
     chunk = {name: [] for name in (*prepare.names, "ids", *labelled, "skipped")}
     for epoch, image_id, row in wanted:
-        image, path = row[source.image_column], None
+        path = None
         try:
-            path = image["path"]
-            data = image["bytes"]
+            image = row[source.image_column] or {}
+            data, path = image.get("bytes"), image.get("path")
+            require(data is not None or path, "the row holds no image")
             if data is None:  # a file of its own, here or on the Hub
                 with fsspec.open(path, "rb") as file:
                     data = file.read()
@@ -1183,7 +1213,7 @@ def load_pretrained(name, model_class, kinds, description, flag="--teacher"):
         if missing:
             raise UserError(f"{flag} {name} lacks weights of {description}: {', '.join(missing[:3])}, ...")
         return model
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"{flag} {name} cannot be loaded: {first_line(error)}") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -1457,8 +1487,8 @@ def damage(checkpoint):
 
 def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, **more):
     """checkpoints/step_..., with the place of every part of the data and whatever JSON can hold `more`; then model/, by
-    write_model(folder). Called on all ranks. Returns what went wrong (a full disk), or None: then nothing of what was
-    there before has changed."""
+    write_model(folder, step). Called on all ranks. Returns what went wrong (a full disk), or None; if it did, the
+    checkpoints of before are as they were."""
     folder = run_dir / "checkpoints" / f"step_{step:08d}"
     temporary = folder.with_name(folder.name + ".tmp")
     rank, world = accelerator.process_index, accelerator.num_processes
@@ -1489,7 +1519,7 @@ def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, *
             (temporary / SUMS).write_text("".join(lines))
             publish(temporary, folder)
             if write_model:
-                publish_files(run_dir / "model", write_model)
+                publish_files(run_dir / "model", lambda folder: write_model(folder, step))
             every = run.milestone_every
             for old in checkpoints(run_dir)[: -run.keep]:
                 if not every or int(old.name.removeprefix("step_")) % every:
@@ -1523,12 +1553,12 @@ def digest(module):
 class Resume:
     """Where a run goes on, or begins."""
 
-    candidates: list
+    candidates: list = field(default_factory=list)
     """Checkpoints to start from, the best first."""
-    changed: dict
+    changed: dict = field(default_factory=dict)
     """{name: [old value, new value]} of what --resume-changed allows."""
-    history: list
-    """Changes of before."""
+    history: list = field(default_factory=list)
+    """Changes of before, as config.json lists them."""
 
 
 def config_of_run(folder):
@@ -1557,7 +1587,7 @@ def run_to_resume(run):
 
 def values_of_run(run):
     """The arguments of the run that is resumed, or {}. Raises UserError."""
-    return config_of_run(run_to_resume(run)[0]).get("args", {})
+    return config_of_run(run_to_resume(run)[0]).get("args", {}) if run.run_dir else {}
 
 
 def compare_runs(values, folder, config, allowed):
@@ -1618,24 +1648,40 @@ def tidy(run_dir):
 def sound_checkpoint(accelerator, candidates, run_dir):
     """The first candidate whose files are what was written, None if there are none. A damaged one is named; in the
     run's own folder it is set aside. Raises UserError if all are damaged. Called on all ranks."""
-    found, problems = [None], []
+    found, problems = None, {}
     if accelerator.is_main_process:
         tidy(run_dir)
         for path in candidates:
             problem = damage(path)
             if problem is None:
-                found = [str(path)]
+                found = path
                 break
-            problems.append(f"checkpoint {path} is damaged: {problem}")
-            print(f"warning: {problems[-1]}; trying the one before", file=sys.stderr)
-            if path.parent == Path(run_dir) / "checkpoints" and len(problems) < len(candidates):
+            problems[path] = f"checkpoint {path} is damaged: {problem}"
+        for path, problem in problems.items() if found else ():
+            print(f"warning: {problem}; the one before is used", file=sys.stderr)
+            if path.parent == Path(run_dir) / "checkpoints":
                 aside = path.with_name(path.name + ".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-    (found, problems) = broadcast_object_list([found[0], problems])
-    if candidates and not found:
-        raise UserError(f"{problems[0]}; there is no other one: pass another --run-dir, or --resume PATH")
-    return found and Path(found)
+    found, problem = broadcast_object_list([found, next(iter(problems.values()), None)])
+    if candidates and found is None:
+        raise UserError(f"{problem}; there is no other one: pass another --run-dir, or --resume PATH")
+    return found
+
+
+def check_pickles(folder):
+    """Raises UserError for a pickled file that is damaged, or holds more than tensors and plain data.
+
+    Nothing in it is executed. Accelerate itself would: what is registered with it (finetune.py's average) it reads
+    without this care, and of a bad file of generator states it says nothing.
+    """
+    for file in sorted(f for f in folder.glob("*") if f.suffix in (".bin", ".pkl", ".pt")):
+        try:
+            load_pickle(file, map_location="cpu", weights_only=True, mmap=True)  # mmap: no tensor is read
+        except Exception as error:  # a damaged pickle can fail in any way
+            raise UserError(
+                f"checkpoint {folder} does not fit or is damaged: {file.name} cannot be read: {BAD_PICKLE}"
+            ) from error
 
 
 def load_checkpoint(accelerator, resume, run_dir, parts):
@@ -1645,12 +1691,14 @@ def load_checkpoint(accelerator, resume, run_dir, parts):
     rank, world = accelerator.process_index, accelerator.num_processes
     path = sound_checkpoint(accelerator, resume.candidates, run_dir)
     if path is None:
-        return {"step": 0, "first_pass": 0}, [None] * (parts // world)
+        return {"step": 0, "first_pass": 0, "changed": []}, [None] * (parts // world)
+    check_pickles(path)
     try:
         accelerator.load_state(str(path))
         trainer = json.loads((path / "trainer.json").read_text())
         places = [json.loads(file.read_text()) for file in sorted(path.glob("data_*.json"))]
-        trainer = {"path": str(path), "first_pass": 0, "step": trainer.pop("step"), **trainer}
+        changed = [{"step": trainer["step"], "values": resume.changed}] if resume.changed else []
+        trainer |= {"path": str(path), "first_pass": 0, "changed": resume.history + changed}
         if ORDER & set(resume.changed):
             trainer["first_pass"] = 1 + max(place["pass"] for place in places)
             return trainer, [None] * (parts // world)
@@ -1671,11 +1719,8 @@ def report_resume(resume, trainer, total, run_dir):
     sys.stdout.flush()
 
 
-def write_config(run_dir, values, model, resume, trainer):
+def write_config(run_dir, values, model, changed=()):
     """config.json: the arguments in use, the model, and what --resume-changed let differ, from which step on."""
-    changed = resume.history
-    if resume.changed:
-        changed = [*changed, {"step": trainer["step"], "values": resume.changed}]
     config = {"args": values, "model": model, **({"changed": changed} if changed else {})}
     write_aside(Path(run_dir) / "config.json", json.dumps(config, indent=2))
 
@@ -1841,9 +1886,9 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
 
     learn(step, batches) -> dict takes one optimizer step on this process's micro-batches. Of what it returns tensors
     are averaged over steps and processes and logged, numbers logged as they are, and "bad", a boolean tensor, says
-    that the step was skipped. evaluate(step, epoch) -> dict is called every `eval_every` passes and at the end, on all
-    ranks; what it returns is logged. state() -> dict, also on all ranks, is what a checkpoint has to hold besides the
-    model, write_model(folder) writes model/.
+    that the step was skipped. evaluate(step, epoch, means) -> dict is called every `eval_every` passes and at the end,
+    on all ranks; what it returns is logged. state() -> dict, also on all ranks, is what a checkpoint has to hold
+    besides the model; write_model(folder, step) writes model/.
 
     Raises RunError, UserError, and SystemExit(0) when a signal stopped the run after a checkpoint.
     """
@@ -1924,7 +1969,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
                 numbers[name] = value
         log.bar.update()
 
-        evaluates = evaluate is not None and evaluates_at(step, total, steps_per_pass, eval_every)
+        evaluates = evaluate is not None and evaluates_at(done, total, steps_per_pass, eval_every)
         writes = done == total or done % run.checkpoint_every == 0
         writes = writes or (run.milestone_every and done % run.milestone_every == 0)
         logs = done % run.log_every == 0
@@ -1953,7 +1998,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         for stream in streams:
             stream.skipped_names = []
         seconds, epoch = time.perf_counter() - since, round(done / steps_per_pass, 4) if steps_per_pass else None
-        found = evaluate(done, epoch) if evaluates else {}
+        found = evaluate(done, epoch, means) if evaluates else {}
         log.write({
             "step": done,
             "epoch": epoch,
@@ -1985,7 +2030,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         if not checkpoints(run_dir):
             save(start, [stream.state_dict() for stream in streams])
         elif rank == 0 and write_model:
-            publish_files(run_dir / "model", write_model)
+            publish_files(run_dir / "model", lambda folder: write_model(folder, start))
 
 
 def growing_pauses(minutes):
@@ -1994,12 +2039,6 @@ def growing_pauses(minutes):
     while total < 60 * minutes:
         yield pause
         pause, total = min(2 * pause, 60.0), total + pause
-
-
-def evaluates_at(step, total, steps_per_pass, every):
-    """Whether to evaluate after this step: every so many passes, and at the end."""
-    passed, done = (steps_per_pass or math.inf) * every, step + 1
-    return done == total or int(done / passed + 1e-9) > int(step / passed + 1e-9)
 
 
 def finite(loss):
@@ -2048,7 +2087,7 @@ def train(args):
     model.train()
     trainer, places = load_checkpoint(accelerator, resume, run_dir, data.parts)
     if accelerator.is_main_process:
-        write_config(run_dir, flat(args), dataclasses.asdict(config), resume, trainer)
+        write_config(run_dir, flat(args), dataclasses.asdict(config), trainer["changed"])
         report_resume(resume, trainer, total, run_dir)
     view = Crops(args, config)
     streams = [Stream(source, view, data, args.run.seed, part, data.parts, place, trainer["first_pass"])
@@ -2081,7 +2120,7 @@ def train(args):
         return {**sums, "grad_norm": norm, "bad": bad, "lr": lr, "weight_decay": decay}
 
     fit(accelerator, args.run, data, source, streams, learn, total, trainer,
-        write_model=lambda folder: accelerator.unwrap_model(model).save_pretrained(folder))  # fmt: skip
+        write_model=lambda folder, step: accelerator.unwrap_model(model).save_pretrained(folder))  # fmt: skip
     if accelerator.is_main_process:
         print(f"done: {run_dir / 'model'} holds the model, {run_dir / 'log.jsonl'} the log")
     accelerator.end_training()

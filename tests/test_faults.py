@@ -374,7 +374,7 @@ def test_other_data_begin_anew_with_the_next_pass(reference, tmp_path, capsys):
         assert place["layout"]["first_pass"] == place["pass"] == 1
 
 
-# ----------------------------------------------------------------------------------------------------------- bad numbers
+# ---------------------------------------------------------------------------------------------------------- bad numbers
 
 
 def poison(monkeypatch, steps):

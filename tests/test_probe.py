@@ -723,7 +723,7 @@ def test_not_one_bit_of_the_encoder_changes(checkpoints, clothes, tmp_path):
         Path(args.run.run_dir).mkdir()
         before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
         sources = open_labelled(args.data, args.labels)
-        probe.train_heads(probe.Probe(args, encoder, Accelerator(cpu=True)), *sources, None)
+        probe.train_heads(probe.Probe(args, encoder, Accelerator(cpu=True)), *sources, train.Resume(), ({}, {}))
         after = encoder.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         assert all(p.grad is None for p in encoder.parameters()) and not encoder.training

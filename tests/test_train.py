@@ -401,7 +401,7 @@ def test_unknown_flags_and_choices_end_with_code_2(monkeypatch, capsys):
 
 def prepared(path, *flags):
     args = arguments("--dataset", "demo", "--run-dir", str(path), *flags)
-    return train.prepare_run_dir(args.run, train.flat(args))
+    return next(iter(train.prepare_run_dir(args.run, train.flat(args)).candidates), None)
 
 
 def test_a_run_folder_of_another_configuration_is_refused(tmp_path):

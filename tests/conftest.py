@@ -18,7 +18,17 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 
+import train  # noqa: E402
+
 
 @pytest.fixture
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_core():
+    """Training in this process leaves the other core to other tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "cores_per_process", lambda: 1)
+        yield

@@ -28,7 +28,9 @@ def environment_of(**more):
 
 
 def launch(*command, processes=1, cwd=ROOT, timeout=300, **environment):
-    """The finished process of such a command, with its output as text."""
+    """The finished process of such a command, with its output as text. One alone leaves a core to other tests."""
+    if processes == 1:
+        environment.setdefault("LOCAL_WORLD_SIZE", "2")
     return subprocess.run(command_of(*command, processes=processes), cwd=cwd, env=environment_of(**environment),
                           capture_output=True, text=True, timeout=timeout)  # fmt: skip
 

@@ -26,14 +26,6 @@ FLAGS = ["--dataset", "demo", "--steps", "8", "--checkpoint-every", "3", "--log-
          "--effective-batch-size", "16", "--workers", "0", "--drop-path", "0.3"]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Runs in this process leave the other core to other tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "cores_per_process", lambda: 1)
-        yield
-
-
 def run(run_dir, *flags):
     """train.py in this process."""
     train.train(train.parse([*FLAGS, "--run-dir", str(run_dir), *map(str, flags)]))

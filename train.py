@@ -1919,13 +1919,56 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
             torch.manual_seed(key(run.seed, step, micro // len(streams), rank + world * turn))
             yield batch
 
+    def report(step, evaluates, shown):
+        """One line of the log; the number of skipped steps that it ends with. Here alone the host waits for the device.
+        """
+        nonlocal sums, numbers, good, steps, waited, since
+        counts = [sum(stream.skipped for stream in streams), sum(len(stream.skipped_names) for stream in streams)]
+        means = torch.cat([(value / good).flatten() for value in sums.values()])
+        means = torch.cat([means / world, torch.tensor(counts, dtype=means.dtype, device=device)])
+        *means, unusable, news = accelerator.reduce(means, "sum").tolist()
+        means = {name: [means.pop(0) for _ in range(value.numel())] for name, value in sums.items()}
+        means = {name: value if sums[name].ndim else value[0] for name, value in means.items()}
+        facts = torch.tensor([stream.seen for stream in streams], device=device)
+        facts = accelerator.gather(torch.cat([bad, facts])[None])                        # (world, 3 + streams)
+        row, longest, all_bad = facts[:, :3].amax(dim=0).tolist()
+        bad[1] = row
+        if longest >= run.max_bad_steps or (step == total and row and not scaled):
+            last = next(reversed(checkpoints(run_dir)), None)
+            raise RunError(
+                f"loss or gradient was not finite in {longest} steps in a row, up to step {step}; the last good "
+                f"checkpoint is {last or 'none: none was written yet'}"
+            )
+        names = gather_object([name for stream in streams for name in stream.skipped_names]) if news else []
+        for stream in streams:
+            stream.skipped_names = []
+        seconds, epoch = time.perf_counter() - since, round(step / steps_per_pass, 4) if steps_per_pass else None
+        found = evaluate(step, epoch, means) if evaluates else {}
+        log.write({
+            "step": step,
+            "epoch": epoch,
+            **means,
+            **found,
+            **numbers,
+            "images": step * effective,
+            "images_per_second": round(steps * effective / seconds, 1),
+            "data_wait": round(waited / seconds, 4),
+            "skipped": round(unusable),
+            "bad_steps": all_bad,
+            # a fingerprint of all images so far, in their order: equal for runs that have seen the same
+            "seen": f"{key(*facts[:, 3:].T.flatten().tolist()):016x}",
+            **({"skipped_files": names} if names else {}),
+        }, shown=shown)  # fmt: skip
+        sums, numbers, good, steps, waited, since = {}, {}, 0, 0, 0.0, time.perf_counter()
+        return 0 if scaled else row  # fp16's scaler skips steps in health
+
     def save(step, places):
         """Write a checkpoint; False if that was not possible, which is reported."""
-        nonlocal saved
+        nonlocal saved, since
         log.sync()
         problem = save_checkpoint(accelerator, run_dir, step, places, run, write_model,
                                   bad_steps=bad[2].item(), **state())  # fmt: skip
-        saved = saved if problem else step
+        saved, since = saved if problem else step, time.perf_counter()
         if problem and rank == 0:
             last = next(reversed(checkpoints(run_dir)), "none")
             tqdm.write(f"warning: the checkpoint of step {step} could not be written: {problem}; the run goes on and "
@@ -1934,23 +1977,24 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
 
     def leave(step, places, trouble):
         """Out of the loop before `step`, with a checkpoint."""
-        if saved != step and (scaled or not bad[0].item()):
+        row = report(step, evaluates=False, shown=True) if steps else 0
+        if saved != step and not row:
             save(step, places)
         log.close()
         peers.close()
         found = [peers.signal, trouble and (isinstance(trouble, UserError), first_line(trouble))]
         signals, troubles = zip(*gather_object([found]), strict=True)
-        trouble_of_any = next((t for t in troubles if t), None)
+        first = next((t for t in troubles if t), None)
         last = next(reversed(checkpoints(run_dir)), None)
         going_on = f"the same command continues from {last}" if last else "there is no checkpoint yet"
-        if trouble_of_any is None:
+        if first is None:
             if rank == 0:
                 print(f"stopped by {next(filter(None, signals))} after step {step}: {going_on}", flush=True)
             accelerator.end_training()
             raise SystemExit(0)
         if trouble and not isinstance(trouble, (UserError, RunError)):
             raise trouble
-        raise (UserError if trouble_of_any[0] else RunError)(f"{trouble_of_any[1]}; {going_on}") from trouble
+        raise (UserError if first[0] else RunError)(f"{first[1]}; {going_on}") from trouble
 
     for step in range(start, total):
         places = [stream.state_dict() for stream in streams]
@@ -1975,55 +2019,17 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         logs = done % run.log_every == 0
         if not (logs or evaluates or writes):
             continue
-        # the only place where the host waits for the device
-        counts = [sum(stream.skipped for stream in streams), sum(len(stream.skipped_names) for stream in streams)]
-        means = torch.cat([(value / good).flatten() for value in sums.values()])
-        means = torch.cat([means / world, torch.tensor(counts, dtype=means.dtype, device=device)])
-        *means, unusable, news = accelerator.reduce(means, "sum").tolist()
-        means = {name: [means.pop(0) for _ in range(value.numel())] for name, value in sums.items()}
-        means = {name: value if sums[name].ndim else value[0] for name, value in means.items()}
-        facts = torch.tensor([stream.seen for stream in streams], device=device)
-        facts = accelerator.gather(torch.cat([bad, facts])[None])                        # (world, 3 + streams)
-        row, longest, all_bad = facts[:, :3].amax(dim=0).tolist()
-        bad[1] = row
-        ends_badly = done == total and row and not scaled
-        if longest >= run.max_bad_steps or ends_badly:
-            last = next(reversed(checkpoints(run_dir)), None)
-            raise RunError(
-                f"loss or gradient was not finite in {longest} steps in a row, up to step {done}; the last good "
-                f"checkpoint is {last or 'none: none was written yet'}"
-            )
-        names = [name for stream in streams for name in stream.skipped_names]
-        names = gather_object(names) if news else []
-        for stream in streams:
-            stream.skipped_names = []
-        seconds, epoch = time.perf_counter() - since, round(done / steps_per_pass, 4) if steps_per_pass else None
-        found = evaluate(done, epoch, means) if evaluates else {}
-        log.write({
-            "step": done,
-            "epoch": epoch,
-            **means,
-            **found,
-            **numbers,
-            "images": done * effective,
-            "images_per_second": round(steps * effective / seconds, 1),
-            "data_wait": round(waited / seconds, 4),
-            "skipped": round(unusable),
-            "bad_steps": all_bad,
-            # a fingerprint of all images so far, in their order: equal for runs that have seen the same
-            "seen": f"{key(*facts[:, 3:].T.flatten().tolist()):016x}",
-            **({"skipped_files": names} if names else {}),
-        }, shown=logs or done == total)  # fmt: skip
+        row = report(done, evaluates, shown=logs or done == total)
         if writes or due:
-            due = bool(row and not scaled) or not save(done, [stream.state_dict() for stream in streams])
+            places = [stream.state_dict() for stream in streams]
+            due = bool(row) or not save(done, places)  # while the weights may be ruined, none are written
             for pause in growing_pauses(data.patience):
                 if not due or done < total:
                     break
                 time.sleep(pause)
-                due = not save(done, [stream.state_dict() for stream in streams])
+                due = not save(done, places)
             if due and done == total:
                 raise RunError(f"the last checkpoint could not be written: make room in {run_dir}, and start again")
-        sums, numbers, good, steps, waited, since = {}, {}, 0, 0, 0.0, time.perf_counter()
     log.close()
     peers.close()
     if start >= total:  # a finished run: resumed by its path into a new folder, or cut off before model/ was written

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -44,15 +45,15 @@ def start(run_dir, *flags, processes=2):
 
 
 def ranks_of(process):
-    """The training processes: `process` itself, or torchrun's children."""
-    try:
-        main = psutil.Process(process.pid)
-        found = [child for child in main.children() if "train.py" in " ".join(child.cmdline())]
-        if "torch.distributed.run" not in " ".join(main.cmdline()):
-            return [main]
-        return sorted(found, key=lambda child: child.environ()["RANK"])
-    except psutil.NoSuchProcess:
-        return []
+    """The training processes: `process` itself, or torchrun's children in the order of their ranks."""
+    main, found = psutil.Process(process.pid), {}
+    if "torch.distributed.run" not in " ".join(main.cmdline()):
+        return [main]
+    for child in main.children():
+        with suppress(psutil.Error):  # torchrun starts others, for a moment
+            if "train.py" in " ".join(child.cmdline()):
+                found[child.environ()["RANK"]] = child
+    return [found[rank] for rank in sorted(found)]
 
 
 def last_step(run_dir):
@@ -100,10 +101,8 @@ def kill_and_resume(folder, kills=20, steps=100, seed=0, report=print):
         if at_save:
             wait_for(process, temporary, seconds=10)
         time.sleep(chance.uniform(0, 0.03 if at_save else 0.2))
+        assert process.poll() is None, f"the run was over before kill {i + 1}: give more --steps"
         ranks = ranks_of(process)
-        if len(ranks) < 2:
-            process.communicate()
-            break  # it was faster
         if victim == "all":
             os.killpg(process.pid, signal.SIGKILL)
             targets = ranks

@@ -16,6 +16,7 @@ import psutil
 import pytest
 import torch
 from faults import assert_same, kill_and_resume, last_step, ranks_of, start, wait_for
+from images import noise_png, write_parquet
 from launch import command_of, environment_of, launch, log_of, succeeded
 from safetensors.torch import load_file, save_file
 
@@ -164,6 +165,20 @@ def test_a_loading_process_that_is_killed_ends_the_run_with_a_checkpoint(referen
     assert steps_of(tmp_path / "run")[-1] in (4, 5, 6), "what was loaded before is used"
     run(tmp_path / "run", "--workers", "1")
     assert_same(tmp_path / "run", reference)
+
+
+def test_bad_files_of_one_process_end_both_with_a_checkpoint(tmp_path):
+    """The other one is not left waiting for a gradient; the message is told once."""
+    encode = lambda n: b"<html>" if n >= 290 and n % 3 == 0 else noise_png(n)  # noqa: E731
+    write_parquet(tmp_path / "data", [150, 150], group=150, encode=encode)
+    flags = ["--dataset", tmp_path / "data", "--streaming", "--size", "nano", "--teacher", "demo/clip_teacher"]
+    process = launch("train.py", *flags, *FLAGS[4:], "--steps", "40", "--checkpoint-every", "30",
+                     "--effective-batch-size", "32", "--run-dir", tmp_path / "run", processes=2)  # fmt: skip
+    assert process.returncode != 0
+    assert process.stderr.count("files that this process read could not be used, more than 1 %") == 1, process.stderr
+    step = last_step(tmp_path / "run")
+    assert steps_of(tmp_path / "run") == [step] and damage(checkpoints(tmp_path / "run")[-1]) is None
+    assert f"the same command continues from {checkpoints(tmp_path / 'run')[-1]}" in process.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

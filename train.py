@@ -538,14 +538,14 @@ class HubFile(AbstractBufferedFile):
     """
 
     def _fetch_range(self, start, end):
-        with network_errors(self.path):
+        with network_errors(self.path.split("/")[-1]):
             headers = {"Range": f"bytes={start}-{end - 1}", **build_hf_headers(token=self.fs.token)}
             silence = hub_constants.HF_HUB_DOWNLOAD_TIMEOUT  # 10 seconds, or the environment variable of that name
             answer = get_session().get(self.fs.url(self.path), headers=headers, timeout=silence)
             hf_raise_for_status(answer)
             data = answer.content if answer.status_code == 206 else answer.content[start:end]
             if len(data) != end - start:
-                raise NetworkError(f"{len(data)} bytes came instead of {end - start} ({self.path})")
+                raise NetworkError(f"{len(data)} bytes came instead of {end - start} ({self.path.split('/')[-1]})")
             return data
 
 
@@ -558,7 +558,7 @@ class HubFiles(HfFileSystem):
         # datasets asks for 0, one long answer, where it reads from beginning to end (tar). Large blocks cost few more
         # requests, and can be checked and asked for again.
         block_size = self.block_size if block_size is None else block_size
-        with network_errors(path):
+        with network_errors(path.split("/")[-1]):
             path = self.resolve_path(path, revision=revision).unresolve()
             return HubFile(self, path, mode, TAR_BLOCK if block_size == 0 else block_size, **options)
 

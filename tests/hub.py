@@ -22,6 +22,8 @@ def handler(files, requests, fault, closed):
 
     class Hub(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # an answer leaves in one piece, without 40 ms between its head and its body
+        disable_nagle_algorithm = True
 
         def reply(self, status, body=b"", **headers):
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -38,7 +40,7 @@ def handler(files, requests, fault, closed):
             requests[-1] += f" {kind}"
             self.close_connection = True
             if kind.isdigit():
-                return self.reply(int(kind), Retry_After="1", Connection="close")
+                return self.reply(int(kind), Connection="close", **({"Retry_After": "1"} if kind == "429" else {}))
             if kind == "refuse":
                 return None
             headers = {**(headers or {}), "Connection": "close"}
@@ -126,9 +128,9 @@ def serve(folder=None, fault=lambda name: None, port=0):
     """Yields the environment that points huggingface_hub here, and the list of requests so far.
 
     fault(name) is asked before each answer, with the name of the file or the path of another request, and tells how
-    that answer fails; None: it does not. "429", "503", ...: that status; "refuse": no answer; "drop": half of it, then
-    the connection is gone; "stall": half of it, then silence; "end": half of it, without a word on its length;
-    "truncate": half of it, as if that were all.
+    that answer fails; None: it does not. "503", ...: that status ("429": and one second to wait); "refuse": no answer;
+    "drop": half of it, then the connection is gone; "stall": half of it, then silence; "end": half of it, without a
+    word on its length; "truncate": half of it, as if that were all.
     """
     files = {}
     if folder is not None:
@@ -136,7 +138,7 @@ def serve(folder=None, fault=lambda name: None, port=0):
     requests, closed = [], threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", port), handler(files, requests, fault, closed))
     server.handle_error = lambda *_: None  # a client that leaves is no error
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}, requests
     finally:

@@ -550,7 +550,18 @@ class HubFile(AbstractBufferedFile):
 
 
 class HubFiles(HfFileSystem):
-    """What fsspec opens for hf://, and so datasets too."""
+    """What fsspec opens for hf://, and so datasets too.
+
+    All instances share what they know of repositories and sizes, so that no worker has to list files again:
+    huggingface_hub sets no limit on silence there.
+    """
+
+    known = {}  # noqa: RUF012
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        place = self.endpoint, self.token
+        self.dircache, self._repo_and_revision_exists_cache = self.known.setdefault(place, ({}, {}))
 
     def _open(self, path, mode="rb", block_size=None, revision=None, **options):
         if mode != "rb":

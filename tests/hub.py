@@ -6,6 +6,7 @@ By script it fails as servers do (see `serve`).
 
 import hashlib
 import json
+import os
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -138,6 +139,7 @@ def serve(folder=None, fault=lambda name: None, port=0):
     requests, closed = [], threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", port), handler(files, requests, fault, closed))
     server.handle_error = lambda *_: None  # a client that leaves is no error
+    os.register_at_fork(after_in_child=server.socket.close)  # or a client's workers would keep the port open
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}, requests

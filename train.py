@@ -30,7 +30,7 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -49,8 +49,11 @@ import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import load as load_pickle
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled
+from fsspec.spec import AbstractBufferedFile
+from huggingface_hub import HfFileSystem, get_session, hf_hub_download
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
+from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from PIL import Image, ImageFile, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
@@ -88,6 +91,10 @@ class BadFilesError(UserError):
 
 class RunError(Exception):
     """The run itself went wrong: one line; exit code 1."""
+
+
+class ServerGoneError(RunError):
+    """A data server stayed away for too long: one rank may see it alone, and says so itself."""
 
 
 class PeerError(RunError):
@@ -417,6 +424,7 @@ def resolve_images(data):
     """What every script asks of its ImagesArgs. Raises UserError."""
     default(data, "workers", min(8, cores_per_process()))
     require(data.workers >= 0, f"--workers is {data.workers}: it must not be negative")
+    require(data.patience > 0, f"--patience is {data.patience}: it must be positive")
     require(data.batch_size is None or data.batch_size > 0, f"--batch-size is {data.batch_size}: it must be positive")
 
 
@@ -570,6 +578,133 @@ class CenterCrop:
 
 
 # ----------------------------------------------------------------------------------------------------------------
+# The network: what may pass is tried again, by those who know where to go on (Shards, single files, opening).
+
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts; each pause is twice the one before
+TAR_BLOCK = 16 << 20
+
+
+class NetworkError(ConnectionError):
+    """A failure that may pass: no connection, silence, an answer cut off, a server that is busy (408, 429, 5xx)."""
+
+    def __init__(self, message, after=0):
+        super().__init__(message)
+        self.after = after  # seconds that the server asked to be left alone
+
+
+@contextmanager
+def network_errors(what):
+    """Failures of the network that may pass become NetworkErrors that say what was asked for."""
+    try:
+        yield
+    except HTTPError as error:
+        answer = getattr(error, "response", None)
+        if answer is not None and answer.status_code not in (408, 429) and answer.status_code < 500:
+            raise
+        text = f"{type(error).__name__}: {error}" if answer is None else f"HTTP {answer.status_code}"
+        after = "" if answer is None else answer.headers.get("Retry-After", "")
+        raise NetworkError(f"{text} ({what})", int(after) if after.isdigit() else 0) from error
+
+
+class HubFile(AbstractBufferedFile):
+    """A file of the Hub, read by ranges. Each must come whole: where an answer is cut off without a word on its length,
+    tarfile takes that for the end of the shard, and its other images are never seen.
+
+    One attempt for each range: huggingface_hub's own files pause up to 23 seconds in each call, those of datasets up to
+    20 minutes, unseen by whoever counts for how long a server has been away.
+    """
+
+    def _fetch_range(self, start, end):
+        with network_errors(self.path.split("/")[-1]):
+            headers = {"Range": f"bytes={start}-{end - 1}", **build_hf_headers(token=self.fs.token)}
+            silence = hub_constants.HF_HUB_DOWNLOAD_TIMEOUT  # 10 seconds, or the environment variable of that name
+            answer = get_session().get(self.fs.url(self.path), headers=headers, timeout=silence)
+            hf_raise_for_status(answer)
+            data = answer.content if answer.status_code == 206 else answer.content[start:end]
+            if len(data) != end - start:
+                raise NetworkError(f"{len(data)} bytes came instead of {end - start} ({self.path.split('/')[-1]})")
+            return data
+
+
+class HubFiles(HfFileSystem):
+    """What fsspec opens for hf://, and so datasets too.
+
+    All instances share what they know of repositories and sizes, so that no worker has to list files again:
+    huggingface_hub sets no limit on silence there.
+    """
+
+    known = {}  # noqa: RUF012
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        place = self.endpoint, self.token
+        self.dircache, self._repo_and_revision_exists_cache = self.known.setdefault(place, ({}, {}))
+
+    def _open(self, path, mode="rb", block_size=None, revision=None, **options):
+        if mode != "rb":
+            return super()._open(path, mode, block_size=block_size, revision=revision, **options)
+        # datasets asks for 0, one long answer, where it reads from beginning to end (tar). Large blocks cost few more
+        # requests, and can be checked and asked for again.
+        block_size = self.block_size if block_size is None else block_size
+        with network_errors(path.split("/")[-1]):
+            path = self.resolve_path(path, revision=revision).unresolve()
+            return HubFile(self, path, mode, TAR_BLOCK if block_size == 0 else block_size, **options)
+
+
+fsspec.register_implementation("hf", HubFiles, clobber=True)
+
+
+class Outage:
+    """Waits for a data server: growing pauses, until it has given nothing for `minutes`."""
+
+    def __init__(self, name, minutes):
+        self.name, self.minutes, self.since = name, minutes, None
+
+    def wait(self, error):
+        """Pause before the next attempt. Raises the error if it will not pass, ServerGoneError after the limit."""
+        if not isinstance(error, NetworkError):
+            raise error
+        now, first = time.monotonic(), self.since is None
+        if first:
+            self.since, self.pause = now, FIRST_PAUSE
+        left = self.since + 60 * self.minutes - now
+        if left <= 0:
+            raise ServerGoneError(
+                f"the server of data set {self.name} has been away for {self.minutes:g} minutes (--patience): {error}; "
+                "give the same command again when it is back"
+            ) from error
+        pause = min(max(self.pause, error.after), left)
+        if first:
+            print(f"waiting for the server of data set {self.name}, {pause:.0f} s at first: {error}",
+                  file=sys.stderr, flush=True)  # fmt: skip
+        time.sleep(pause)
+        trainer = multiprocessing.parent_process()
+        if trainer is not None and not trainer.is_alive():
+            os._exit(1)  # nobody waits for this loading process any more
+        self.pause = min(2 * self.pause, LONGEST_PAUSE)
+
+    def over(self):
+        """Data have come."""
+        if self.since is not None:
+            seconds = time.monotonic() - self.since
+            print(f"data set {self.name} comes again, after {seconds:.0f} s", file=sys.stderr, flush=True)
+            self.since = None
+
+
+def patiently(work, name, minutes):
+    """work(), again and again while the network fails. Raises ServerGoneError."""
+    outage = Outage(name, minutes)
+    while True:
+        try:
+            with network_errors(name):
+                result = work()
+            outage.over()
+            return result
+        except Exception as error:
+            outage.wait(error)
+
+
+# ----------------------------------------------------------------------------------------------------------------
 # Data sets: opening one, with every mistake named.
 
 
@@ -585,6 +720,10 @@ class Source:
     name: str
     classes: list | None = None
     """Class names, in the order of their numbers; None where labels are not read."""
+    patience: float = 30.0
+    """Minutes to wait for a server that is away."""
+    files: list = field(default_factory=list)
+    """The Parquet files of a stream that is dealt by file."""
 
     @property
     def streaming(self):
@@ -613,12 +752,13 @@ def local_path(dataset):
     return None
 
 
-def open_builder(dataset):
+def open_builder(dataset, patience=30.0):
     """The datasets builder of a Hub id, folder or file. Raises UserError."""
     path = local_path(dataset)
     try:
         if path is None:
-            return datasets.load_dataset_builder(dataset)
+            # no connection at all, the first time, is a mistake: datasets' ConnectionError is not waited for
+            return patiently(partial(datasets.load_dataset_builder, dataset), dataset, patience)
         if path.is_dir():
             return datasets.load_dataset_builder(str(path))
         kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
@@ -639,7 +779,7 @@ def open_builder(dataset):
         if path is None:
             raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
         raise UserError(f"data set folder {path} holds no images, Parquet or .tar files") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, ConnectionError, OSError) as error:
+    except (ServerGoneError, HTTPError, OSError) as error:
         raise UserError(f"data set {dataset} cannot be reached: {first_line(error)}") from error
     except RuntimeError as error:  # a script of its own, which datasets no longer executes
         raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
@@ -701,7 +841,7 @@ def open_labelled(data, labels, world=1, learn=True):
     """ImagesArgs, LabelArgs -> the Source to learn from (None if not to `learn`) and the one to evaluate on; they agree
     on their classes. Raises UserError."""
     if labels.val_split is None:
-        splits = list(open_splits(data.dataset))
+        splits = list(open_splits(data.dataset, data.patience))
         others = [name for name in ("validation", "val", "valid", "test") if name in splits and name != data.split]
         if not others:
             raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; "
@@ -729,11 +869,11 @@ def open_labelled(data, labels, world=1, learn=True):
     return train, dataclasses.replace(val, classes=train.classes)
 
 
-def open_splits(dataset):
+def open_splits(dataset, patience=30.0):
     """{split: stream} of a data set. Raises UserError."""
-    builder = open_builder(dataset)
+    builder = open_builder(dataset, patience)
     try:
-        return builder.as_streaming_dataset()
+        return patiently(builder.as_streaming_dataset, dataset, patience)
     except Exception as error:  # every reader has its own way to refuse a file
         raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
 
@@ -741,9 +881,10 @@ def open_splits(dataset):
 def open_source(args, slots=1, labelled=False, num_classes=None):
     """ImagesArgs -> Source. `slots` is how many processes share a stream; `labelled` asks for classes. Raises
     UserError."""
-    builder, local = open_builder(args.dataset), local_path(args.dataset) is not None
+    builder, local = open_builder(args.dataset, args.patience), local_path(args.dataset) is not None
     streams = args.streaming and (not local or builder.name in ("parquet", "webdataset"))  # local images: in place
-    try:
+
+    def look():
         splits = builder.as_streaming_dataset()  # for a look at schema and first row before any download
         if args.split not in splits:
             raise UserError(f"data set {args.dataset} has no split {args.split!r}: it has {', '.join(splits)}")
@@ -757,12 +898,17 @@ def open_source(args, slots=1, labelled=False, num_classes=None):
             raise UserError(f"split {args.split} of data set {args.dataset} holds no images")
         if first[image_column] is not None:
             first[image_column]["bytes"]
+        files = list(builder.config.data_files[args.split]) if streams and builder.name == "parquet" else []
         if not streams:
             builder.download_and_prepare()
             data = builder.as_dataset(split=args.split).cast_column(image_column, datasets.Image(decode=False))
         # Parquet is dealt by row group: always on disk; on the Hub, where a footer costs a request, if files are few.
         elif local or data.num_shards < slots * max(args.workers or 1, 1):
-            data = data.reshard()
+            data, files = data.reshard(), []
+        return data, image_column, label_column, files
+
+    try:
+        data, image_column, label_column, files = patiently(look, args.dataset, args.patience)
     except UserError:
         raise
     except Exception as error:  # every reader has its own way to refuse a file
@@ -777,8 +923,12 @@ def open_source(args, slots=1, labelled=False, num_classes=None):
     features = data.features
     if labelled and builder.name == "parquet" and local:  # datasets takes the first split's features for all
         features = datasets.Features.from_arrow_schema(pq.read_schema(builder.config.data_files[args.split][0]))
-    classes = read_classes(args, data, label_column, features, num_classes) if labelled else None
-    return Source(data, image_column, label_column, count, args.dataset, classes)
+    read = partial(read_classes, args, data, label_column, features, num_classes)
+    try:
+        classes = patiently(read, args.dataset, args.patience) if labelled else None
+    except ServerGoneError as error:
+        raise UserError(str(error)) from error
+    return Source(data, image_column, label_column, count, args.dataset, classes, args.patience, files)
 
 
 def count_images(builder, split):
@@ -812,6 +962,11 @@ def first_line(error):
 # training process joins chunks to batches. Every chunk says at which place its worker stands "after" it.
 
 
+def read_file(path):
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
 def load_chunk(source, prepare, seed, wanted):
     """Read, decode and prepare images. wanted: (pass, image id, row) triples -> chunk.
 
@@ -827,10 +982,11 @@ def load_chunk(source, prepare, seed, wanted):
             data, path = image.get("bytes"), image.get("path")
             require(data is not None or path, "the row holds no image")
             if data is None:  # a file of its own, here or on the Hub
-                with fsspec.open(path, "rb") as file:
-                    data = file.read()
+                data = patiently(partial(read_file, path), source.name, source.patience)
             tensor = decode(data)
             label = torch.tensor(source.label(row)) if labelled else None
+        except ServerGoneError:
+            raise
         except Exception as error:  # decoders raise whatever they like
             chunk["skipped"].append(f"{path or 'image'} (id {image_id}): {first_line(error)}")
             continue
@@ -884,9 +1040,39 @@ class ShardChunks(torch.utils.data.IterableDataset):
         order = permutation(self.source.data.num_shards, self.seed, epoch)
         return order[self.rank :: self.world][self.worker :: self.workers]
 
-    def rows(self, shard, skip):
+    def rows(self, shard, row):
+        """The rows of a shard from `row` on; where the network fails, the shard is opened anew at the row that comes
+        next. Raises ServerGoneError, and BadFilesError for a shard that cannot be read."""
+        outage = Outage(self.source.name, self.source.patience)
+        while True:
+            try:
+                for example in self.read(shard, row):
+                    outage.over()
+                    yield example
+                    row += 1
+                return
+            except NetworkError as error:
+                outage.wait(error)
+            except Exception as error:  # every reader has its own way to refuse a file
+                raise BadFilesError(
+                    f"shard {shard} of data set {self.source.name} cannot be read beyond its row {row}: "
+                    f"{first_line(error)}"
+                ) from error
+
+    def read(self, shard, row):
+        """A Parquet file is read from the row group of `row` on, anything else from its beginning."""
         data = self.source.data.shard(num_shards=self.source.data.num_shards, index=shard)
-        return iter(data.skip(skip) if skip else data)
+        if not row or not self.source.files:
+            return iter(data.skip(row) if row else data)
+        with fsspec.open(self.source.files[shard], "rb") as file:
+            footer = pq.read_metadata(file)
+        group = 0
+        while group < footer.num_row_groups and footer.row_group(group).num_rows <= row:
+            row -= footer.row_group(group).num_rows
+            group += 1
+        groups = data.reshard()
+        rest = [groups.shard(num_shards=groups.num_shards, index=i) for i in range(group, groups.num_shards)]
+        return itertools.islice(itertools.chain.from_iterable(rest), row, None)
 
     def windows(self, epoch, start):
         """The rest of a pass: (place of the window, [(image id, row)]), where an image's id is shard << 32 | row."""
@@ -913,6 +1099,12 @@ class ShardChunks(torch.utils.data.IterableDataset):
             yield place, window
 
     def __iter__(self):
+        try:
+            yield from self.chunks()
+        except (ServerGoneError, BadFilesError) as error:  # raised by whoever takes it, without a worker's traceback
+            yield {"failed": error}
+
+    def chunks(self):
         start = self.start
         for epoch in itertools.count(start["epoch"]):
             wanted, after, offset = [], start, start["offset"]
@@ -999,7 +1191,8 @@ class Stream:
         return copy.deepcopy({**more, **place})
 
     def _pull(self):
-        """Append the next chunk to the buffer, with the place before it. Raises UserError for too many bad files."""
+        """Append the next chunk to the buffer, with the place before it. Raises BadFilesError for too many bad
+        files, ServerGoneError."""
         before, place = copy.deepcopy(self.place), self.place
         while place["turn"] in place["ended"]:
             place["turn"] = (place["turn"] + 1) % len(self.loaders)
@@ -1010,6 +1203,8 @@ class Stream:
             if self.in_process or str(error).startswith("Caught "):  # raised by what a loading process does
                 raise
             raise RunError(f"a loading process was killed; is there enough memory? {first_line(error)}") from error
+        if "failed" in chunk:
+            raise chunk["failed"]
         place["places"][turn] = chunk.pop("after")
         place["turn"] = (turn + 1) % len(self.loaders)
         if "end" in chunk:
@@ -1099,6 +1294,8 @@ def pass_chunks(source, prepare, size, workers, rank, world):
     while loaders:
         for loader in list(loaders):
             chunk = next(loader)
+            if "failed" in chunk:
+                raise chunk["failed"]
             if "end" in chunk:
                 loaders.remove(loader)
             else:
@@ -2137,7 +2334,7 @@ def command_line(work):
     try:
         work()
     except (UserError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, (BadFilesError, PeerError)):
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (BadFilesError, ServerGoneError, PeerError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, PeerError):
             stop_workers()

@@ -126,7 +126,8 @@ def kill_and_resume(folder, kills=20, steps=100, seed=0, report=print):
 
 
 def soak(folder, steps=2000):
-    """Memory (unique set size, MB) of the training process and its loading processes over a streamed run."""
+    """Memory of the training process and of its loading processes over a streamed run, in MB: their proportional share
+    (what two of them share counts half for each), the median of each fifth of the run."""
     run_dir = folder / "soak"
     process = start(run_dir, "--steps", steps, "--checkpoint-every", steps // 4, "--log-every", 20, "--batch-size", 16,
                     "--effective-batch-size", 16, "--workers", 2, processes=1)  # fmt: skip
@@ -134,7 +135,7 @@ def soak(folder, steps=2000):
     while process.poll() is None:
         try:
             main = psutil.Process(process.pid)
-            used = [p.memory_full_info().uss / 2**20 for p in (main, *main.children())]
+            used = [p.memory_full_info().pss / 2**20 for p in (main, *main.children())]
             samples.append((last_step(run_dir), used[0], sum(used[1:])))
         except psutil.Error:
             pass
@@ -143,9 +144,8 @@ def soak(folder, steps=2000):
     assert process.returncode == 0, output
     result = {"steps": steps}
     for name, column in (("main", 1), ("workers", 2)):
-        early, late = ([s[column] for s in samples if steps * a <= s[0] < steps * b] for a, b in ((0.1, 0.3), (0.8, 1)))
-        result |= {f"{name}_early_mb": round(statistics.median(early), 1),
-                   f"{name}_late_mb": round(statistics.median(late), 1)}  # fmt: skip
+        fifths = [[s[column] for s in samples if steps * k <= 5 * s[0] < steps * (k + 1)] for k in range(5)]
+        result[f"{name}_mb"] = [round(statistics.median(fifth), 1) for fifth in fifths]
     return result
 
 

@@ -1,10 +1,12 @@
 """A stand-in for the Hub on this machine: real HTTP, one public data set made of local files, one gated one.
 
 It answers what huggingface_hub asks for a data set: repository info, file listings, file contents with byte ranges.
+By script it fails as servers do (see `serve`).
 """
 
 import hashlib
 import json
+import os
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,13 +16,15 @@ from urllib.parse import parse_qs, unquote, urlsplit
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def handler(files, requests):
+def handler(files, requests, fault, closed):
     def describe(name):
         data = files[name]
         return {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
 
     class Hub(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = -1  # an answer leaves in one piece, without 40 ms between its head and its body
+        disable_nagle_algorithm = True
 
         def reply(self, status, body=b"", **headers):
             body = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -32,8 +36,33 @@ def handler(files, requests):
             if self.command != "HEAD":
                 self.wfile.write(body)
 
+        def fail(self, kind, status=200, body=b"[]", headers=None):
+            """Answer in the way of this fault instead of with `body`."""
+            requests[-1] += f" {kind}"
+            self.close_connection = True
+            if kind.isdigit():
+                return self.reply(int(kind), Connection="close", **({"Retry_After": "1"} if kind == "429" else {}))
+            if kind == "refuse":
+                return None
+            headers = {**(headers or {}), "Connection": "close"}
+            half = body[: len(body) // 2]
+            if kind != "end":
+                headers["Content_Length"] = str(len(half if kind == "truncate" else body))
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            self.wfile.write(half)
+            if kind == "stall":
+                self.wfile.flush()
+                closed.wait(5)
+            return None
+
         def do_GET(self):
             path = unquote(urlsplit(self.path).path)
+            if closed.is_set():  # a connection from before
+                self.close_connection = True
+                return None
             requests.append(f"{self.command} {self.path} {self.headers.get('Range', '')}")
             if "secret/pictures" in path:
                 return self.reply(401, X_Error_Code="GatedRepo", X_Error_Message="Access to dataset is restricted.")
@@ -44,16 +73,20 @@ def handler(files, requests):
                 if name not in files:
                     return self.reply(404, X_Error_Code="EntryNotFound", X_Error_Message="Entry not found")
                 data, etag = files[name], hashlib.sha1(files[name]).hexdigest()
-                common = {"ETag": f'"{etag}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
-                wanted = self.headers.get("Range")
-                if wanted and self.command == "GET":
+                headers = {"ETag": f'"{etag}"', "X_Repo_Commit": COMMIT, "Accept_Ranges": "bytes"}
+                if self.command == "HEAD":
+                    return self.reply(200, Content_Length=str(len(data)), **headers)
+                wanted, status = self.headers.get("Range"), 200
+                if wanted:
                     first, _, last = wanted.removeprefix("bytes=").partition("-")
                     first, last = int(first), min(int(last or len(data) - 1), len(data) - 1)
-                    part = data[first : last + 1]
-                    return self.reply(206, part, Content_Range=f"bytes {first}-{last}/{len(data)}", **common)
-                if self.command == "HEAD":
-                    return self.reply(200, Content_Length=str(len(data)), **common)
-                return self.reply(200, data, **common)
+                    headers["Content_Range"] = f"bytes {first}-{last}/{len(data)}"
+                    data, status = data[first : last + 1], 206
+                kind = fault(name)
+                return self.fail(kind, status, data, headers) if kind else self.reply(status, data, **headers)
+            kind = fault(path)
+            if kind:
+                return self.fail(kind)
             if "/tree/" in path:
                 under = path.split("/tree/", 1)[1].split("/", 1)[1:] or [""]
                 recursive = parse_qs(urlsplit(self.path).query).get("recursive", ["false"])[0].lower() == "true"
@@ -92,16 +125,25 @@ def handler(files, requests):
 
 
 @contextmanager
-def serve(folder=None):
-    """Yields the environment that points huggingface_hub here, and the list of requests so far."""
+def serve(folder=None, fault=lambda name: None, port=0):
+    """Yields the environment that points huggingface_hub here, and the list of requests so far.
+
+    fault(name) is asked before each answer, with the name of the file or the path of another request, and tells how
+    that answer fails; None: it does not. "503", ...: that status ("429": and one second to wait); "refuse": no answer;
+    "drop": half of it, then the connection is gone; "stall": half of it, then silence; "end": half of it, without a
+    word on its length; "truncate": half of it, as if that were all.
+    """
     files = {}
     if folder is not None:
         files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-    requests = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler(files, requests))
+    requests, closed = [], threading.Event()
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler(files, requests, fault, closed))
     server.handle_error = lambda *_: None  # a client that leaves is no error
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    os.register_at_fork(after_in_child=server.socket.close)  # or a client's workers would keep the port open
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HUB_OFFLINE": "0"}, requests
     finally:
+        closed.set()
         server.shutdown()
+        server.server_close()

@@ -40,7 +40,7 @@ EQUAL = ("step", "epoch", "loss", "loss_cls", "loss_visible", "loss_masked", "gr
 def start(run_dir, *flags, processes=2):
     """The run in the background, in a process group of its own."""
     command = command_of("train.py", "--dataset", "demo", "--run-dir", run_dir, *flags, processes=processes)
-    return subprocess.Popen(command, cwd=ROOT, env=environment_of(), start_new_session=True, text=True,
+    return subprocess.Popen(command, cwd=ROOT, env=environment_of(processes), start_new_session=True, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
 
 
@@ -91,7 +91,7 @@ def kill_and_resume(folder, kills=20, steps=100, seed=0, report=print):
              "--effective-batch-size", 32, "--workers", 2, "--drop-path", 0.2]  # fmt: skip
     reference, run_dir = folder / "uninterrupted", folder / "killed"
     succeeded(launch("train.py", "--dataset", "demo", "--run-dir", reference, *flags, processes=2))
-    moments = sorted(chance.sample(range(2, steps - 3), kills))
+    moments = sorted(chance.sample(range(2, steps - 8), kills))
     done, during_saves, redone = 0, 0, 0
     for i, moment in enumerate(moments):
         at_save, victim = i % 2 == 0, chance.choice(["rank 0", "rank 1", "all"])

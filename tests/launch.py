@@ -23,15 +23,16 @@ def command_of(*command, processes=1):
     return [*starter, *map(str, command)]
 
 
-def environment_of(**more):
+def environment_of(processes=1, **more):
+    """Of one process that leaves a core to other tests, or of a launcher."""
+    if processes == 1:
+        more.setdefault("LOCAL_WORLD_SIZE", "2")
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
 
 
 def launch(*command, processes=1, cwd=ROOT, timeout=300, **environment):
-    """The finished process of such a command, with its output as text. One alone leaves a core to other tests."""
-    if processes == 1:
-        environment.setdefault("LOCAL_WORLD_SIZE", "2")
-    return subprocess.run(command_of(*command, processes=processes), cwd=cwd, env=environment_of(**environment),
+    """The finished process of such a command, with its output as text."""
+    return subprocess.run(command_of(*command, processes=processes), cwd=cwd, env=environment_of(processes, **environment),
                           capture_output=True, text=True, timeout=timeout)  # fmt: skip
 
 

@@ -32,7 +32,8 @@ def environment_of(processes=1, **more):
 
 def launch(*command, processes=1, cwd=ROOT, timeout=300, **environment):
     """The finished process of such a command, with its output as text."""
-    return subprocess.run(command_of(*command, processes=processes), cwd=cwd, env=environment_of(processes, **environment),
+    return subprocess.run(command_of(*command, processes=processes), cwd=cwd,
+                          env=environment_of(processes, **environment),
                           capture_output=True, text=True, timeout=timeout)  # fmt: skip
 
 

@@ -42,6 +42,7 @@ from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger("cae")
 LN_EPS = 1e-6
@@ -421,6 +422,7 @@ class Encoder(nn.Module):
         rates = depth_rates(config.drop_path, config.depth)
         self.blocks = nn.ModuleList(Block(config.dim, config.heads, config.layer_scale, rate) for rate in rates)
         self.norm = nn.LayerNorm(config.dim, eps=LN_EPS)
+        self.checkpoint_blocks = False  # True: each block is run again in the backward pass, instead of kept in memory
 
     def forward(self, images, index=None, stochastic=True):
         """images (B, 3, H, W), index (B, n) or None for all N patches -> (B, 1 + n, D), class token first."""
@@ -431,7 +433,10 @@ class Encoder(nn.Module):
         x = self.patch_embed(patches) + positions                                        # (B, n, D)
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)           # (B, 1 + n, D)
         for block in self.blocks:
-            x = block(x, stochastic)
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, stochastic, use_reentrant=False)                # (B, 1 + n, D)
+            else:
+                x = block(x, stochastic)                                                 # (B, 1 + n, D)
         return self.norm(x)                                                              # (B, 1 + n, D)
 
 

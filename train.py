@@ -285,6 +285,8 @@ class RecipeArgs:
     """Strength of brightness, contrast and saturation jitter. Default: 0.4 (cae-v2), 0 (cae, nano, demo)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
+    checkpoint_blocks: bool = False
+    """Run the encoder's blocks again in the backward pass instead of keeping what they computed: less memory."""
 
 
 @dataclass
@@ -1730,7 +1732,7 @@ def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, *
 
 # What may differ between a run and its continuation.
 VOLATILE = {"run_dir", "resume", "resume_changed", "log_every", "checkpoint_every", "keep", "milestone_every"}
-VOLATILE |= {"tracker", "compile", "workers", "timeout", "patience", "max_bad_steps"}
+VOLATILE |= {"tracker", "compile", "checkpoint_blocks", "workers", "timeout", "patience", "max_bad_steps"}
 VOLATILE |= {"checkpoint", "beside", "push_to_hub"}  # of probe.py and finetune.py, which know an encoder by its weights
 # What decides which image comes when. With other values the data begin anew.
 ORDER = {"dataset", "split", "image_column", "streaming", "num_images", "seed", "batch_size", "parts", "shuffle_window",
@@ -2275,6 +2277,7 @@ def train(args):
 
     torch.manual_seed(args.run.seed)
     model = CAE(config)
+    model.encoder.checkpoint_blocks = args.recipe.checkpoint_blocks
     betas = (args.recipe.beta1, args.recipe.beta2)
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.0, betas=betas, eps=args.recipe.adam_eps, fused=True)
     if args.run.compile:

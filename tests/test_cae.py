@@ -1357,6 +1357,29 @@ def test_compiled_equals_eager(name):
             close(p.grad, gradients[n], 1e-5)
 
 
+@pytest.mark.parametrize(("compiled", "tolerance"), [(False, 0), (True, 1e-5)])
+def test_checkpointed_blocks_change_nothing_but_memory(compiled, tolerance):
+    """The same loss and gradients, to the bit where not compiled, stochastic depth included; each block runs twice."""
+    torch._dynamo.reset()
+    model = small_model(drop_path=0.0 if compiled else 0.5)
+    batch, runs = small_batch(model.config), []
+
+    def gradients(step):
+        torch.manual_seed(0)
+        model.zero_grad()
+        loss = step(*batch)["loss"]
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = gradients(model)
+    model.encoder.checkpoint_blocks = True
+    if not compiled:
+        model.encoder.blocks[1].register_forward_pre_hook(lambda *_: runs.append(1))
+    got = gradients(torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model)
+    assert compiled or len(runs) == 2
+    assert all(torch.allclose(a, b, rtol=0, atol=tolerance) for a, b in zip(got, expected, strict=True))
+
+
 @EVERY_SETTING
 def test_forward_and_backward_without_reading_a_value(fields):
     """On the meta device no tensor has values, so that any .item(), comparison in an `if` or nonzero() raises: on an

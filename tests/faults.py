@@ -83,7 +83,7 @@ def assert_same(run_dir, reference):
     assert set(ours) == set(theirs) and all(ours[name].equal(theirs[name]) for name in theirs)
 
 
-def kill_and_resume(folder, kills=20, steps=100, seed=0, report=print):
+def kill_and_resume(folder, kills=20, steps=120, seed=0, report=print):
     """Kill a two-process run at random moments, half of them during saves, and resume it each time. Raises
     AssertionError if it does not end as the uninterrupted one; returns the figures."""
     chance = random.Random(seed)
@@ -91,7 +91,7 @@ def kill_and_resume(folder, kills=20, steps=100, seed=0, report=print):
              "--effective-batch-size", 32, "--workers", 2, "--drop-path", 0.2]  # fmt: skip
     reference, run_dir = folder / "uninterrupted", folder / "killed"
     succeeded(launch("train.py", "--dataset", "demo", "--run-dir", reference, *flags, processes=2))
-    moments = sorted(chance.sample(range(2, steps - 8), kills))
+    moments = sorted(chance.sample(range(2, steps - 20), kills))
     done, during_saves, redone = 0, 0, 0
     for i, moment in enumerate(moments):
         at_save, victim = i % 2 == 0, chance.choice(["rank 0", "rank 1", "all"])
@@ -152,7 +152,7 @@ def soak(folder, steps=2000):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--soak", type=int, metavar="STEPS", help="measure memory over so many steps instead")
     args = parser.parse_args()

@@ -70,7 +70,7 @@ def after_step(monkeypatch, step, act):
 
 def test_a_killed_run_ends_as_if_nobody_had_killed_it(tmp_path):
     """The short form of tests/faults.py: two processes, SIGKILL, once in the middle of a save."""
-    figures = kill_and_resume(tmp_path, kills=2, steps=18, seed=2)
+    figures = kill_and_resume(tmp_path, kills=2, steps=30, seed=2)
     assert figures["kills"] == 2 and figures["same"]
 
 

@@ -1894,9 +1894,10 @@ def load_checkpoint(accelerator, resume, run_dir, parts):
         accelerator.load_state(str(path))
         trainer = json.loads((path / "trainer.json").read_text())
         places = [json.loads(file.read_text()) for file in sorted(path.glob("data_*.json"))]
-        changed = [{"step": trainer["step"], "values": resume.changed}] if resume.changed else []
-        trainer |= {"path": str(path), "first_pass": 0, "changed": resume.history + changed}
-        if ORDER & set(resume.changed):
+        changed = resume.history + ([{"step": trainer["step"], "values": resume.changed}] if resume.changed else [])
+        trainer |= {"path": str(path), "first_pass": 0, "changed": changed}
+        # config.json holds a change from the start, a checkpoint only once it is written: until then it is of before
+        if any(ORDER & set(change["values"]) for change in changed if change["step"] >= trainer["step"]):
             trainer["first_pass"] = 1 + max(place["pass"] for place in places)
             return trainer, [None] * (parts // world)
         return trainer, [json.loads((path / f"data_{i}.json").read_text()) for i in range(rank, parts, world)]

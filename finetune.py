@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated
 
 from train import (  # first: it sets the environment for torch
+    NOT_WRITTEN,
     REFERENCE,
     AutoFloat,
     AutoInt,
@@ -565,7 +566,7 @@ def classify(args):
         if accelerator.is_main_process and is_best:
             try:
                 publish_files(run_dir / "best", lambda folder: write_model(folder, step))
-            except OSError as error:
+            except NOT_WRITTEN as error:
                 print(f"warning: {run_dir / 'best'} could not be written: {first_line(error)}", file=sys.stderr)
         return {"top1": accuracy[0], "top5": accuracy[1]}
 

@@ -1639,19 +1639,24 @@ def publish(temporary, folder):
     shutil.rmtree(old, ignore_errors=True)
 
 
+NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)  # what a full disk raises: Python, torch, safetensors
+
+
 def publish_files(folder, write):
     """Let write(temporary folder) write files, and move them into `folder`, each replacing its older self in one go: a
     reader finds a whole model at any moment."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write(temporary)
-    folder.mkdir(exist_ok=True)
-    for file in sorted(temporary.iterdir()):
-        fsync(file)
-        file.replace(folder / file.name)
-    fsync(folder)
-    temporary.rmdir()
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        folder.mkdir(exist_ok=True)
+        for file in sorted(temporary.iterdir()):
+            fsync(file)
+            file.replace(folder / file.name)
+        fsync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def checkpoints(run_dir):
@@ -1697,7 +1702,7 @@ def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, *
         problem = None
         try:
             work()
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except NOT_WRITTEN as error:
             problem = first_line(error)
         return next((problem for problem in gather_object([problem]) if problem), None)
 
@@ -1717,12 +1722,12 @@ def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, *
             lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
             (temporary / SUMS).write_text("".join(lines))
             publish(temporary, folder)
-            if write_model:
-                publish_files(run_dir / "model", lambda folder: write_model(folder, step))
             every = run.milestone_every
             for old in checkpoints(run_dir)[: -run.keep]:
                 if not every or int(old.name.removeprefix("step_")) % every:
                     shutil.rmtree(old)
+            if write_model:  # last: old checkpoints make room for it on a full disk
+                publish_files(run_dir / "model", lambda folder: write_model(folder, step))
 
     problem = attempt(begin) or attempt(write) or attempt(finish)
     if problem and rank == 0:
@@ -1829,7 +1834,7 @@ def make_run_dir(folder):
         folder.mkdir(parents=True, exist_ok=True)
         test = folder / f".write_test_{os.getpid()}"
         test.touch()
-        test.unlink()
+        test.unlink(missing_ok=True)  # another machine's process may have the same number
     except OSError as error:
         raise UserError(f"run folder {folder} is not writable: {error.strerror}; choose another --run-dir") from error
 
@@ -1896,9 +1901,10 @@ def load_checkpoint(accelerator, resume, run_dir, parts):
         accelerator.load_state(str(path))
         trainer = json.loads((path / "trainer.json").read_text())
         places = [json.loads(file.read_text()) for file in sorted(path.glob("data_*.json"))]
-        changed = [{"step": trainer["step"], "values": resume.changed}] if resume.changed else []
-        trainer |= {"path": str(path), "first_pass": 0, "changed": resume.history + changed}
-        if ORDER & set(resume.changed):
+        changed = resume.history + ([{"step": trainer["step"], "values": resume.changed}] if resume.changed else [])
+        trainer |= {"path": str(path), "first_pass": 0, "changed": changed}
+        # config.json holds a change from the start, a checkpoint only once it is written: until then it is of before
+        if any(ORDER & set(change["values"]) for change in changed if change["step"] >= trainer["step"]):
             trainer["first_pass"] = 1 + max(place["pass"] for place in places)
             return trainer, [None] * (parts // world)
         return trainer, [json.loads((path / f"data_{i}.json").read_text()) for i in range(rank, parts, world)]
@@ -1974,7 +1980,10 @@ class Log:
     def sync(self):
         """See that a line is there whenever the checkpoint of its step is."""
         if self.main and self.path.exists() and not self.pending:
-            fsync(self.path)
+            try:
+                fsync(self.path)
+            except OSError as error:  # on this rank alone: the others wait for it in the checkpoint
+                tqdm.write(f"warning: {self.path} cannot be written: {first_line(error)}", file=sys.stderr)
 
     def close(self):
         self.bar.close()
@@ -2118,7 +2127,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
             torch.manual_seed(key(run.seed, step, micro // len(streams), rank + world * turn))
             yield batch
 
-    def report(step, evaluates, shown):
+    def report(step, places, evaluates, shown):
         """One line of the log; the number of skipped steps that it ends with. Here alone the host waits for the device.
         """
         nonlocal sums, numbers, good, steps, waited, since
@@ -2128,7 +2137,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         *means, unusable, news = accelerator.reduce(means, "sum").tolist()
         means = {name: [means.pop(0) for _ in range(value.numel())] for name, value in sums.items()}
         means = {name: value if sums[name].ndim else value[0] for name, value in means.items()}
-        facts = torch.tensor([stream.seen for stream in streams], device=device)
+        facts = torch.tensor([place["seen"] for place in places], device=device)
         facts = accelerator.gather(torch.cat([bad, facts])[None])                        # (world, 3 + streams)
         row, longest, all_bad = facts[:, :3].amax(dim=0).tolist()
         bad[1] = row
@@ -2176,7 +2185,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
 
     def leave(step, places, trouble):
         """Out of the loop before `step`, with a checkpoint."""
-        row = report(step, evaluates=False, shown=True) if steps else 0
+        row = report(step, places, evaluates=False, shown=True) if steps else 0
         if saved != step and not row:
             save(step, places)
         log.close()
@@ -2185,7 +2194,8 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         signals, troubles = zip(*gather_object([found]), strict=True)
         first = next((t for t in troubles if t), None)
         last = next(reversed(checkpoints(run_dir)), None)
-        going_on = f"the same command continues from {last}" if last else "there is no checkpoint yet"
+        command = "the same command" if run.resume == "auto" else "the same command with --resume auto"
+        going_on = f"{command} continues from {last}" if last else "there is no checkpoint yet"
         if first is None:
             if rank == 0:
                 print(f"stopped by {next(filter(None, signals))} after step {step}: {going_on}", flush=True)
@@ -2218,9 +2228,9 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         logs = done % run.log_every == 0
         if not (logs or evaluates or writes):
             continue
-        row = report(done, evaluates, shown=logs or done == total)
+        places = [stream.state_dict() for stream in streams]
+        row = report(done, places, evaluates, shown=logs or done == total)
         if writes or due:
-            places = [stream.state_dict() for stream in streams]
             due = bool(row) or not save(done, places)  # while the weights may be ruined, none are written
             for pause in growing_pauses(data.patience):
                 if not due or done < total:

@@ -459,7 +459,7 @@ def classify(args):
     began, world = time.perf_counter(), int(os.environ.get("WORLD_SIZE", 1))
     task = "evaluate" if args.recipe.eval_only else "classify"
     default(args.run, "run_dir", name_run(task, args.model, args.data))
-    accelerator, precision = make_accelerator(args.run, args.run.tracker)
+    accelerator, precision = make_accelerator(args.run, args.data, args.run.tracker)
     device, rank, run_dir = accelerator.device, accelerator.process_index, Path(args.run.run_dir)
     with all_or_none(accelerator):
         origin = load_origin(args.model, args.run.seed)
@@ -554,18 +554,18 @@ def classify(args):
                 average.multi_avg_fn(list(average.module.parameters()), list(bare.parameters()), None)
         return {"loss": mean, "grad_norm": norm, "bad": bad, "lr": lr}
 
-    def judge(step, epoch, means):
+    def judge(line):
         """Evaluate, and write best/ if there was nothing better."""
         best.eval()
         accuracy, images = evaluate(accelerator, lambda x: best(x).logits,
                                     to_evaluate(args, val_source, accelerator, skipped))  # fmt: skip
         model.train()
         require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
-        evaluations.append({"step": step, "epoch": epoch, "images": images, "accuracy": accuracy})
+        evaluations.append({"step": line["step"], "epoch": line["epoch"], "images": images, "accuracy": accuracy})
         is_best = evaluations[-1] is best_of(evaluations) or not (run_dir / "best").exists()
         if accelerator.is_main_process and is_best:
             try:
-                publish_files(run_dir / "best", lambda folder: write_model(folder, step))
+                publish_files(run_dir / "best", lambda folder: write_model(folder, line["step"]))
             except NOT_WRITTEN as error:
                 print(f"warning: {run_dir / 'best'} could not be written: {first_line(error)}", file=sys.stderr)
         return {"top1": accuracy[0], "top5": accuracy[1]}

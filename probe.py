@@ -825,17 +825,18 @@ def train_heads(probe, train_source, val_source, resume, config):
         accelerator.backward(loss.sum())  # no head's loss depends on another's weights
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        bad = ~torch.isfinite(loss).any()  # a head may diverge by itself
+        bad = ~torch.isfinite(loss).any()  # a head may diverge by itself, for good; only when all have, the run ends
         return {"loss": loss[0], "loss_heads": loss, "bad": bad, "lr": optimizer.param_groups[0]["lr"]}
 
-    def judge(step, epoch, means):
+    def judge(line):
         join_statistics(accelerator, bare)
         heads.eval()
         accuracy, images = evaluate(accelerator, bare, to_evaluate(), (len(settings),))
         heads.train()
         require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
-        losses = [loss if math.isfinite(loss) else None for loss in means["loss_heads"]]
-        evaluations.append({"step": step, "epoch": epoch, "images": images, "loss": losses, "accuracy": accuracy})
+        losses = [loss if loss is not None and math.isfinite(loss) else None for loss in line["loss_heads"]]
+        evaluations.append({"step": line["step"], "epoch": line["epoch"], "images": images, "loss": losses,
+                            "accuracy": accuracy})  # fmt: skip
         return {"top1": accuracy[0][0], "top5": accuracy[0][1], "top1_heads": [top1 for top1, _ in accuracy]}
 
     def state():
@@ -958,7 +959,7 @@ def evaluate_encoder(args):
     began, world = time.perf_counter(), int(os.environ.get("WORLD_SIZE", 1))
     default(args.run, "run_dir", name_run(task_of(args), args.encoder, args.data))
     trains = not isinstance(args, KNN)
-    accelerator, _ = make_accelerator(args.run, args.run.tracker if trains else "none")
+    accelerator, _ = make_accelerator(args.run, args.data, args.run.tracker if trains else "none")
     with all_or_none(accelerator):
         encoder = load_encoder(args.encoder, args.run.seed)
         args = resolve(args, encoder, world)

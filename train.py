@@ -46,7 +46,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, gather_object
 from accelerate.utils import load as load_pickle
 from fsspec.spec import AbstractBufferedFile
@@ -1550,19 +1550,31 @@ def hits(scores, labels, above=-math.inf):
     return torch.stack([right[..., :1].any(-1).sum(-1), right.any(-1).sum(-1)], dim=-1)
 
 
+def raise_together(error):
+    """A UserError or RunError of one rank (None on the others) becomes one on all of them, so that all end."""
+    found = [e for e in gather_object([error and (isinstance(error, UserError), str(error))]) if e]
+    if found:
+        raise (UserError if found[0][0] else RunError)(found[0][1]) from error
+
+
 @torch.no_grad()
 def evaluate(accelerator, model, batches, shape=()):
     """Top-1 and top-5 accuracy in percent, (*shape, 2) as lists, and the number of images.
 
     batches: (inputs, labels (B)) of this rank's part of a pass; model(inputs) gives scores (*shape, B, C). Every image
-    counts once; ranks may have different numbers of batches, or none.
+    counts once; ranks may have different numbers of batches, or none. Raises UserError and RunError, on all ranks.
     """
     total = torch.zeros(*shape, 2, dtype=torch.int64, device=accelerator.device)
     images = torch.zeros((), dtype=torch.int64, device=accelerator.device)
-    for inputs, labels in batches:
-        with accelerator.autocast():
-            total += hits(model(inputs), labels)
-        images += len(labels)
+    trouble = None
+    try:
+        for inputs, labels in batches:
+            with accelerator.autocast():
+                total += hits(model(inputs), labels)
+            images += len(labels)
+    except (BadFilesError, ServerGoneError) as error:  # other ranks may have all of their images
+        trouble = error
+    raise_together(trouble)
     total, images = accelerator.reduce(total, "sum"), accelerator.reduce(images, "sum").item()
     return (100 * total.double() / max(images, 1)).tolist(), images
 
@@ -1627,16 +1639,11 @@ def write_aside(path, text):
 
 
 def publish(temporary, folder):
-    """Give a finished folder its name, in place of an older one."""
+    """Give a finished folder its name."""
     for file in sorted(temporary.rglob("*")) + [temporary]:
         fsync(file)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
     temporary.rename(folder)
     fsync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 NOT_WRITTEN = (OSError, RuntimeError, SafetensorError)  # what a full disk raises: Python, torch, safetensors
@@ -1841,12 +1848,8 @@ def make_run_dir(folder):
 
 def tidy(run_dir):
     """Take away what an earlier process left behind in the middle of a write."""
-    for old in Path(run_dir, "checkpoints").glob("step_*.old"):  # between the two renames of publish
-        if not old.with_suffix("").exists():
-            old.rename(old.with_suffix(""))
-    for left in [*Path(run_dir).glob("*.tmp"), *Path(run_dir, "checkpoints").glob("step_*.*")]:
-        if left.suffix in (".tmp", ".old"):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for left in [*Path(run_dir).glob("*.tmp"), *Path(run_dir, "checkpoints").glob("step_*.tmp")]:
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def sound_checkpoint(accelerator, candidates, run_dir):
@@ -1999,8 +2002,8 @@ def to_device(tensor, device):
     return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
 
 
-def make_accelerator(run, tracker="none"):
-    """DeviceArgs -> Accelerator and the name of its autocast ("no", "bf16", "fp16")."""
+def make_accelerator(run, data, tracker="none"):
+    """DeviceArgs, ImagesArgs -> Accelerator and the name of its autocast ("no", "bf16", "fp16")."""
     has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     precision = {"auto": "bf16" if has_bf16 else "no", "fp32": "no"}.get(run.precision, run.precision)
     accelerator = Accelerator(
@@ -2008,7 +2011,10 @@ def make_accelerator(run, tracker="none"):
         log_with=None if tracker == "none" else tracker,
         project_dir=run.run_dir,
         # the buffers are fixed positions, or statistics that are joined where they are used: nothing to broadcast
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=run.timeout + data.patience)),
+        ],
     )
     if accelerator.device.type == "cpu":
         torch.set_num_threads(cores_per_process())  # accelerate launch leaves one
@@ -2031,23 +2037,23 @@ def all_or_none(accelerator):
         try:
             yield
         except UserError as error:
-            mistake = str(error)
-    mistakes = [m for m in gather_object([mistake]) if m]
-    if mistakes:
-        raise UserError(mistakes[0])
+            mistake = error
+    raise_together(mistake)
 
 
 class Peers:
     """What the processes of a run tell each other between steps, from host to host: no device is waited for.
 
-    From here on SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop; a second Ctrl-C ends the process at once.
+    From here on SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop (unless they are ignored, as in the background of
+    a script); a second Ctrl-C ends the process at once.
     """
 
     def __init__(self, processes, minutes):
-        self.signal, self.group = None, None
+        self.signal, self.group, self.waits = None, None, False
         if processes > 1:
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
-        self.before = {number: signal.signal(number, self.note) for number in STOP_SIGNALS}
+        heard = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.note) for number in heard}
         # torch reports the death of a loading process wherever the program is; here, when its data are asked for
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
@@ -2055,12 +2061,14 @@ class Peers:
         self.signal = signal.Signals(number).name
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.waits:  # for data, which a server may not give for a long time
+            raise Stop
 
     def most(self, value):
         """The largest value of all processes."""
         if self.group is None:
             return value
-        value = torch.tensor(value)
+        value = torch.tensor(int(value))
         torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, self.group)
         return value.item()
 
@@ -2083,6 +2091,10 @@ def dead_peers():
         ) from error
 
 
+class Stop(BaseException):
+    """A signal while waiting for data; no Exception, which would be taken for a bad file."""
+
+
 class Interruption(Exception):  # noqa: N818 (no error)
     """No further step: a stop was asked for or, in __cause__, this process has no data."""
 
@@ -2094,9 +2106,9 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
 
     learn(step, batches) -> dict takes one optimizer step on this process's micro-batches. Of what it returns tensors
     are averaged over steps and processes and logged, numbers logged as they are, and "bad", a boolean tensor, says
-    that the step was skipped. evaluate(step, epoch, means) -> dict is called every `eval_every` passes and at the end,
-    on all ranks; what it returns is logged. state() -> dict, also on all ranks, is what a checkpoint has to hold
-    besides the model; write_model(folder, step) writes model/.
+    that the step was skipped. evaluate(line) -> dict is called every `eval_every` passes and at the end, on all ranks,
+    with the line of the log that what it returns is added to. state() -> dict, also on all ranks, is what a checkpoint
+    has to hold besides the model; write_model(folder, step) writes model/.
 
     Raises RunError, UserError, and SystemExit(0) when a signal stopped the run after a checkpoint.
     """
@@ -2104,7 +2116,9 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
     run_dir, start, effective = Path(run_dir), trainer["step"], data.effective_batch_size
     accumulation, scaled = effective // (data.batch_size * world), accelerator.scaler is not None
     steps_per_pass = source.num_images / effective if source.num_images else None
-    log, peers = Log(accelerator, run_dir, start, total), Peers(world, run.timeout + data.patience)
+    unjudged = trainer.get("unjudged")  # the line of the log of a step whose evaluation failed
+    log = Log(accelerator, run_dir, start - bool(unjudged), total)
+    peers = Peers(world, run.timeout + data.patience)
     # skipped steps: the row that is not over yet, the longest row since the last look, all
     bad = torch.tensor([0, 0, trainer.get("bad_steps", 0)], device=device)
     sums, numbers, good, steps, waited, since = {}, {}, 0, 0, 0.0, time.perf_counter()
@@ -2114,13 +2128,17 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         """This process's batches of one step, each when all processes have theirs."""
         nonlocal waited
         for micro in range(accumulation):
-            asked, turn, trouble = time.perf_counter(), micro % len(streams), None
+            asked, turn, batch, trouble = time.perf_counter(), micro % len(streams), None, None
             try:
+                peers.waits = True
                 batch = next(streams[turn])
+            except Stop:
+                pass
             except Exception as error:  # a server that stays away, bad files, a loading process that died
                 trouble = error
-            asks_to_stop = peers.signal and micro == 0
-            if peers.most(2 if trouble else 1 if asks_to_stop else 0):
+            finally:
+                peers.waits = False
+            if peers.most(batch is None or bool(peers.signal and micro == 0)):
                 raise Interruption from trouble
             waited += time.perf_counter() - asked
             # stochastic depth and the like: a function of the seed, the step and the part of the data
@@ -2151,12 +2169,10 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         for stream in streams:
             stream.skipped_names = []
         seconds, epoch = time.perf_counter() - since, round(step / steps_per_pass, 4) if steps_per_pass else None
-        found = evaluate(step, epoch, means) if evaluates else {}
-        log.write({
+        line = {
             "step": step,
             "epoch": epoch,
             **means,
-            **found,
             **numbers,
             "images": step * effective,
             "images_per_second": round(steps * effective / seconds, 1),
@@ -2166,16 +2182,23 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
             # a fingerprint of all images so far, in their order: equal for runs that have seen the same
             "seen": f"{key(*facts[:, 3:].T.flatten().tolist()):016x}",
             **({"skipped_files": names} if names else {}),
-        }, shown=shown)  # fmt: skip
+        }
+        if evaluates:
+            try:
+                line |= evaluate(line)
+            except (UserError, RunError):  # images to evaluate on that cannot be had: a resumed run tries them again
+                save(step, places, unjudged=line)
+                raise
+        log.write(line, shown)
         sums, numbers, good, steps, waited, since = {}, {}, 0, 0, 0.0, time.perf_counter()
         return 0 if scaled else row  # fp16's scaler skips steps in health
 
-    def save(step, places):
+    def save(step, places, **more):
         """Write a checkpoint; False if that was not possible, which is reported."""
         nonlocal saved, since
         log.sync()
         problem = save_checkpoint(accelerator, run_dir, step, places, run, write_model,
-                                  bad_steps=bad[2].item(), **state())  # fmt: skip
+                                  bad_steps=bad[2].item(), **state(), **more)  # fmt: skip
         saved, since = saved if problem else step, time.perf_counter()
         if problem and rank == 0:
             last = next(reversed(checkpoints(run_dir)), "none")
@@ -2205,6 +2228,8 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
             raise trouble
         raise (UserError if first[0] else RunError)(f"{first[1]}; {going_on}") from trouble
 
+    if unjudged:
+        log.write({**unjudged, **evaluate(unjudged)})
     for step in range(start, total):
         places = [stream.state_dict() for stream in streams]
         try:
@@ -2233,7 +2258,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
         if writes or due:
             due = bool(row) or not save(done, places)  # while the weights may be ruined, none are written
             for pause in growing_pauses(data.patience):
-                if not due or done < total:
+                if not due or done < total or peers.most(peers.signal is not None):
                     break
                 time.sleep(pause)
                 due = not save(done, places)
@@ -2242,10 +2267,13 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
     log.close()
     peers.close()
     if start >= total:  # a finished run: resumed by its path into a new folder, or cut off before model/ was written
-        if not checkpoints(run_dir):
-            save(start, [stream.state_dict() for stream in streams])
-        elif rank == 0 and write_model:
-            publish_files(run_dir / "model", lambda folder: write_model(folder, start))
+        try:
+            if rank == 0 and write_model and checkpoints(run_dir):
+                publish_files(run_dir / "model", lambda folder: write_model(folder, start))
+        except NOT_WRITTEN as error:
+            raise RunError(f"{run_dir / 'model'} could not be written: {first_line(error)}") from error
+        if not checkpoints(run_dir) and not save(start, [stream.state_dict() for stream in streams]):
+            raise RunError(f"the checkpoint could not be written: make room in {run_dir}, and start again")
 
 
 def growing_pauses(minutes):
@@ -2273,7 +2301,7 @@ def train(args):
     world = int(os.environ.get("WORLD_SIZE", 1))
     args = resolve(args, world)
     resume = prepare_run_dir(args.run, flat(args))
-    accelerator, precision = make_accelerator(args.run, args.run.tracker)
+    accelerator, precision = make_accelerator(args.run, args.data, args.run.tracker)
     rank, device, data = accelerator.process_index, accelerator.device, args.data
     run_dir = Path(args.run.run_dir)
     with all_or_none(accelerator):

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cae import CAE, CAEConfig, block_mask  # noqa: E402
-from train import parameter_groups  # noqa: E402
+from cae import CAE, CAEConfig, block_mask
+from train import parameter_groups
 
 
 def take_steps(model, batches, rank=0, world=1):

@@ -1,6 +1,7 @@
 """What a run survives: kills, signals, dead processes, full disks, damaged checkpoints, losses that are not finite."""
 
 import errno
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import time
 import psutil
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from faults import assert_same, kill_and_resume, last_step, ranks_of, start, wait_for
 from images import noise_png, write_parquet
 from launch import command_of, environment_of, launch, log_of, succeeded
@@ -57,8 +59,8 @@ def after_step(monkeypatch, step, act):
     """Call act() once the log has the line of this step."""
     write = train.Log.write
 
-    def wrapped(self, values, **options):
-        write(self, values, **options)
+    def wrapped(self, values, *options):
+        write(self, values, *options)
         if values["step"] == step:
             act()
 
@@ -79,6 +81,7 @@ def test_a_killed_run_ends_as_if_nobody_had_killed_it(tmp_path):
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
 def test_a_signal_finishes_the_step_and_writes_a_checkpoint(name, reference, tmp_path, monkeypatch, capsys):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     with monkeypatch.context() as patch:
         after_step(patch, 5, lambda: os.kill(os.getpid(), getattr(signal, name)))
         with pytest.raises(SystemExit) as caught:
@@ -89,6 +92,28 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(name, reference, tmp
     assert steps_of(tmp_path / "run") == [3, 5] and damage(last) is None
     run(tmp_path / "run")
     assert_same(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_signal_is_heard_while_a_server_is_away(workers, reference, tmp_path, monkeypatch, capsys):
+    """The patience is 30 minutes; a preempted machine has one."""
+    def hang(*_):
+        time.sleep(1000)
+
+    with monkeypatch.context() as patch:
+        rows = train.ShardChunks.rows
+        patch.setattr(train.ShardChunks, "rows", lambda *a: itertools.chain(itertools.islice(rows(*a), 100),
+                                                                            iter(hang, None)))  # fmt: skip
+        after_step(patch, 4, lambda: threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start())
+        with pytest.raises(SystemExit) as caught:
+            run(tmp_path / "run", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
+    assert caught.value.code == 0 and "stopped by SIGTERM after step" in capsys.readouterr().out
+    last = steps_of(tmp_path / "run")[-1]
+    assert last_step(tmp_path / "run") == last < 8
+    train.stop_workers()
+    run(tmp_path / "run", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
+    run(tmp_path / "whole", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
@@ -232,12 +257,11 @@ def test_sums_are_those_of_sha256sum(reference):
 def test_what_a_killed_save_left_behind_is_taken_away(reference, tmp_path):
     folder = copy_of(reference, tmp_path / "run", last=6)
     (folder / "checkpoints" / "step_00000007.tmp").mkdir()
-    (folder / "checkpoints" / "step_00000006").rename(folder / "checkpoints" / "step_00000006.old")
     (folder / "model.tmp").mkdir()
     (folder / "config.json.tmp").write_text("{")
     run(folder)
     assert_same(folder, reference)
-    assert not list(folder.rglob("*.tmp")) and not list(folder.rglob("*.old"))
+    assert not list(folder.rglob("*.tmp"))
 
 
 def test_last_checkpoints_and_milestones_are_kept(tmp_path):
@@ -368,6 +392,19 @@ def test_a_changed_recipe_is_shown_and_refused_unless_asked_for(reference, tmp_p
     assert json.loads((folder / "config.json").read_text())["changed"] == config["changed"], "the history stays"
 
 
+def test_a_change_of_the_data_survives_a_kill_before_the_next_checkpoint(reference, tmp_path):
+    """config.json knows of the change before a checkpoint does: the old places mean nothing until then."""
+    kept, killed = copy_of(reference, tmp_path / "kept", last=3), copy_of(reference, tmp_path / "killed", last=3)
+    changed = ["--seed", "5", "--resume-changed"]
+    run(kept, *changed)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        after_step(patch, 4, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(killed, *changed)
+    assert steps_of(killed) == [3]
+    run(killed, "--seed", "5")
+    assert_same(killed, kept)
+
+
 def test_other_data_begin_anew_with_the_next_pass(reference, tmp_path, capsys):
     folder = copy_of(reference, tmp_path / "run", last=6)
     with pytest.raises(UserError, match="seed 0 -> 1"):
@@ -413,9 +450,25 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
     assert log_of(tmp_path / "mean")[0]["loss"] == pytest.approx(sum(good) / 6, rel=1e-6)
 
 
+def test_half_precision_with_a_scaler(tmp_path, monkeypatch):
+    """fp16: a step that is not finite is skipped by the scaler and counted; resumed exactly, the scaler's state too."""
+    flags = ["--precision", "fp16", "--steps", "6"]
+    AcceleratorState._reset_state(True)
+    with monkeypatch.context() as patch:
+        poison(patch, [1])
+        run(tmp_path / "whole", *flags)
+    lines = log_of(tmp_path / "whole")
+    assert [line["bad_steps"] for line in lines] == [0, 1, 1, 1, 1, 1]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    copy_of(tmp_path / "whole", tmp_path / "run", last=3)
+    run(tmp_path / "run", *flags)
+    AcceleratorState._reset_state(True)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
 def test_a_skipped_step_changes_nothing():
     torch.manual_seed(0)
-    accelerator, _ = train.make_accelerator(train.RunArgs(run_dir="unused"))
+    accelerator, _ = train.make_accelerator(train.RunArgs(run_dir="unused"), train.DataArgs())
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -453,12 +455,54 @@ def test_resume_equals_uninterrupted(run, tmp_path, extra):
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / lost)
     resumed, output = run(*flags, run_dir=tmp_path / "resumed")
     assert "continuing from" in output
-    for name in ("top1", "top5", "best_epoch_top1", "best_epoch"):
-        assert resumed[name] == whole[name]
-    for a, b in zip(log_of(tmp_path / "resumed"), log_of(tmp_path / "whole"), strict=True):
-        assert all(a[name] == b[name] for name in ("step", "loss", "grad_norm", "lr", "top1") if name in a)
+    assert_same_result(resumed, whole, tmp_path / "resumed", tmp_path / "whole")
     ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("resumed", "whole"))
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def assert_same_result(ours, theirs, folder, whole):
+    for name in ("top1", "top5", "best_epoch_top1", "best_epoch"):
+        assert ours[name] == theirs[name]
+    for a, b in zip(log_of(folder), log_of(whole), strict=True):
+        assert all(a[name] == b.get(name) for name in ("step", "loss", "grad_norm", "lr", "seen", "top1") if name in a)
+
+
+def test_a_signal_leaves_a_checkpoint_and_the_result_to_the_resumed_run(run, tmp_path, monkeypatch):
+    flags = (*SMALL, "--steps", 6, "--checkpoint-every", 6, "--eval-every", 0.1, "--batch-size", 16)
+    whole, _ = run(*flags, run_dir=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        write = train.Log.write
+        patch.setattr(train.Log, "write", lambda log, line, shown: (
+            write(log, line, shown), line["step"] == 4 and os.kill(os.getpid(), signal.SIGTERM)))  # fmt: skip
+        with pytest.raises(SystemExit) as caught:
+            run(*flags, run_dir=tmp_path / "run")
+    assert caught.value.code == 0 and not (tmp_path / "run" / "result.json").exists()
+    assert_same_result(run(*flags, run_dir=tmp_path / "run")[0], whole, tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("nth", [1, -1])
+def test_an_evaluation_that_fails_is_made_up_for(run, tmp_path, monkeypatch, capsys, nth):
+    """The first of a run, or the last, whose server has gone: a checkpoint, then that evaluation, then the rest."""
+    flags = (*SMALL, "--steps", 6, "--checkpoint-every", 6, "--eval-every", 0.1, "--batch-size", 16)
+    whole, _ = run(*flags, run_dir=tmp_path / "whole")
+    evaluations = [line["step"] for line in log_of(tmp_path / "whole") if "top1" in line]
+    assert len(evaluations) > 2 and evaluations[-1] == 6
+    fails_at, calls = (1 if nth == 1 else len(evaluations)), []
+
+    def images_of(*args):
+        calls.append(1)
+        if len(calls) == fails_at:
+            raise train.ServerGoneError("the server has been away")
+        return original(*args)
+
+    original = finetune.images_of
+    with monkeypatch.context() as patch:
+        patch.setattr(finetune, "images_of", images_of)
+        with pytest.raises(SystemExit) as caught:
+            run(*flags, run_dir=tmp_path / "run")
+    assert caught.value.code == 1 and "error: the server has been away" in capsys.readouterr().err
+    assert [path.name for path in train.checkpoints(tmp_path / "run")] == [f"step_{evaluations[fails_at - 1]:08d}"]
+    assert_same_result(run(*flags, run_dir=tmp_path / "run")[0], whole, tmp_path / "run", tmp_path / "whole")
 
 
 def test_two_processes(clothes, tmp_path):

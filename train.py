@@ -56,6 +56,8 @@ from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError
 from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from PIL import Image, ImageFile, UnidentifiedImageError
 from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
@@ -1726,7 +1728,8 @@ def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, *
     def finish():
         if rank == 0:
             (temporary / "trainer.json").write_text(json.dumps({"step": step, **more}))
-            lines = [f"{sha256(file)}  {file.name}\n" for file in sorted(temporary.iterdir())]
+            files = sorted(file for file in temporary.rglob("*") if file.is_file())  # FSDP may write folders
+            lines = [f"{sha256(file)}  {file.relative_to(temporary)}\n" for file in files]
             (temporary / SUMS).write_text("".join(lines))
             publish(temporary, folder)
             every = run.milestone_every
@@ -2267,6 +2270,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
     log.close()
     peers.close()
     if start >= total:  # a finished run: resumed by its path into a new folder, or cut off before model/ was written
+        state()
         try:
             if rank == 0 and write_model and checkpoints(run_dir):
                 publish_files(run_dir / "model", lambda folder: write_model(folder, start))
@@ -2294,6 +2298,12 @@ def skip_if(bad, accelerator, optimizer):
     scaler does so itself."""
     if accelerator.scaler is None:
         optimizer.optimizer.found_inf = bad.float()  # what the scaler sets, too: fused AdamW looks at it
+
+
+def whole_weights(model):
+    """The state_dict of a model that DDP, FSDP or compilation wraps, under its own names and whole, in memory of the
+    host: on the main process at least. Called on all ranks."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def train(args):
@@ -2357,14 +2367,25 @@ def train(args):
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / accumulation
         norm = accelerator.clip_grad_norm_(model.parameters(), args.recipe.clip_grad or math.inf)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP
         bad = ~torch.isfinite(norm)
         skip_if(bad, accelerator, optimizer)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {**sums, "grad_norm": norm, "bad": bad, "lr": lr, "weight_decay": decay}
 
-    fit(accelerator, args.run, data, source, streams, learn, total, trainer,
-        write_model=lambda folder, step: accelerator.unwrap_model(model).save_pretrained(folder))  # fmt: skip
+    weights = {}
+
+    def state():
+        weights.update(whole_weights(model))
+        return {}
+
+    def write_model(folder, step):
+        whole = CAE(config)
+        whole.load_state_dict(weights)
+        whole.save_pretrained(folder)
+
+    fit(accelerator, args.run, data, source, streams, learn, total, trainer, state=state, write_model=write_model)
     if accelerator.is_main_process:
         print(f"done: {run_dir / 'model'} holds the model, {run_dir / 'log.jsonl'} the log")
     accelerator.end_training()

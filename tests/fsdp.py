@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cae import CAE, CAEConfig, block_mask
-from train import parameter_groups
+from train import parameter_groups, whole_weights
 
 
 def take_steps(model, batches, rank=0, world=1):
@@ -62,9 +62,11 @@ def main():
         assert all(isinstance(p, DTensor) for p in sharded.parameters())
         held = sum(p.to_local().numel() for p in sharded.parameters()) / sum(p.numel() for p in whole.parameters())
         assert held < 0.55, held
-        for (name, a), b in zip(sharded.named_parameters(), whole.parameters(), strict=True):
+        weights = whole_weights(sharded)  # as for model/, which the main process writes
+        assert rank or set(weights) == set(whole.state_dict())
+        for name, value in weights.items():
             if not name.endswith("norm_k.bias"):  # its gradient is rounding noise, which AdamW makes as large as others
-                assert torch.allclose(a.full_tensor(), b, atol=1e-4), name
+                assert torch.allclose(value, whole.state_dict()[name], atol=1e-4), name
         if rank == 0:
             print(f"{method}: sharded over {world} processes, each holds {held:.0%}: the losses of the whole model")
     dist.destroy_process_group()

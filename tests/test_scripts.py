@@ -136,6 +136,11 @@ def test_a_loss_that_stays_not_finite_stops_the_run(tmp_path):
         assert all(torch.isfinite(v).all() for v in load_file(checkpoint / "model.safetensors").values())
 
 
+def test_a_sharded_model_takes_the_same_steps():
+    process = succeeded(launch("tests/fsdp.py", processes=2))
+    assert process.stdout.count("sharded over 2 processes, each holds 50%: the losses of the whole model") == 2
+
+
 def test_skipped_files_are_in_the_log(tmp_path):
     write_folder(tmp_path / "data", 300)
     (tmp_path / "data" / "even" / "000000.png").write_bytes(b"<html>gone</html>")

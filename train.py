@@ -1735,7 +1735,8 @@ def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, *
             every = run.milestone_every
             for old in checkpoints(run_dir)[: -run.keep]:
                 if not every or int(old.name.removeprefix("step_")) % every:
-                    shutil.rmtree(old)
+                    gone = old.rename(old.with_name(old.name + ".tmp"))  # a kill leaves no half of a checkpoint
+                    shutil.rmtree(gone)
             if write_model:  # last: old checkpoints make room for it on a full disk
                 publish_files(run_dir / "model", lambda folder: write_model(folder, step))
 

@@ -12,6 +12,7 @@ for nothing else. Before anything is measured it is shown to give the same losse
 
 Every row: the median over repeats in which ours and the baseline take turns; `ratio`, the headline, is the median of
 the baseline's time by ours in the same turn; `spread`, the distance between the quartiles of that ratio by its median.
+`cpu ratio` is the same of processor time, which other work on the machine hardly changes.
 FLOPs are counted by torch (the backward pass of attention with its recomputation), a multiplication and an addition as
 two. MFU is by the rate of a large matrix product of the same dtype in this run. Memory is the row's own: the peak above
 what was there before; on the CPU resident memory, the model and its gradients included. Teachers have random weights.
@@ -70,8 +71,9 @@ from cae import (  # noqa: E402
 )
 from train import normalize  # noqa: E402
 
-ROWS = ("masks", "decode", "transform", "data", "teacher", "encoder", "regressor", "alignment", "optimizer", "step",
-        "teacher-bf16", "step-bf16", "train", "cost")  # fmt: skip
+DATA_ROWS = ("masks", "decode", "transform", "data", "data-released")
+ROWS = (*DATA_ROWS, "teacher", "encoder", "regressor", "alignment", "optimizer", "step", "teacher-bf16", "step-bf16",
+        "train", "cost")  # fmt: skip
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAMW = dict(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
 
@@ -103,13 +105,15 @@ def plain_mask(rows, columns, num_masked, min_block):
 
 
 class PlainView:
-    """Pillow image -> float (3, S, S) in [0, 1], bool (N): crop, flip, jitter and mask as train.Crops does them."""
+    """Pillow image -> float (3, S, S) in [0, 1], bool (N): crop, flip, jitter and mask as train.Crops does them; or
+    jitter first, as the released code."""
 
-    def __init__(self, args, config):
+    def __init__(self, args, config, jitter_first=False):
         crop = T.RandomResizedCrop(config.image_size, args.recipe.crop_scale, interpolation=Image.Resampling.BICUBIC)
         strength = args.recipe.color_jitter
         jitter = [T.ColorJitter(strength, strength, strength)] if strength else []
-        self.transform = T.Compose([crop, T.RandomHorizontalFlip(args.recipe.flip), *jitter, T.ToTensor()])
+        views = [crop, T.RandomHorizontalFlip(args.recipe.flip)]
+        self.transform = T.Compose([*jitter, *views, T.ToTensor()] if jitter_first else [*views, *jitter, T.ToTensor()])
         self.mask = partial(plain_mask, *config.grid, train.num_masked(args, config), args.target.min_block)
 
     def __call__(self, image):
@@ -416,19 +420,20 @@ class Memory:
 
 
 def seconds_of(work, device, calls=1):
-    """Seconds of one call: device events on CUDA, where several calls follow each other without a wait."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        for _ in range(calls):
-            work()
-        return (time.perf_counter() - start) / calls
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    """Seconds of one call, and processor seconds of all threads in it. On CUDA by device events, with several calls
+    after each other without a wait."""
+    processor, start = time.process_time(), time.perf_counter()
+    if device.type == "cuda":
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        events[0].record()
     for _ in range(calls):
         work()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / calls
+    seconds = time.perf_counter() - start
+    if device.type == "cuda":
+        events[1].record()
+        events[1].synchronize()
+        seconds = events[0].elapsed_time(events[1]) / 1000
+    return seconds / calls, (time.process_time() - processor) / calls
 
 
 def peak_rate(device, dtype):
@@ -436,11 +441,29 @@ def peak_rate(device, dtype):
     n = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     a @ b
-    return 2 * n**3 / min(seconds_of(lambda: a @ b, device) for _ in range(10))
+    return 2 * n**3 / min(seconds_of(lambda: a @ b, device)[0] for _ in range(10))
 
 
-def quartiles(values):
-    return statistics.quantiles(values, n=4, method="inclusive")
+def check_flops():
+    """Assert that torch counts a linear layer and attention, forward and backward, as one does by hand."""
+    b, n, d = 2, 50, 96
+    x = torch.randn(b, n, d, requires_grad=True)
+    linear, attention = 2 * b * n * d * d, 2 * (2 * b * n * n * d)  # attention: scores, then their sum of values
+    with FlopCounterMode(display=False) as counter:
+        F.linear(x, torch.randn(d, d, requires_grad=True)).sum().backward()
+    assert counter.get_total_flops() == 3 * linear  # backward: to the input and to the weights
+    heads = x.view(b, n, 4, d // 4).transpose(1, 2)
+    with FlopCounterMode(display=False) as counter:
+        F.scaled_dot_product_attention(heads, heads, heads).sum().backward()
+    assert counter.get_total_flops() == 3.5 * attention  # backward: four products, and the scores once more
+
+
+def ratio_of(values):
+    """The median, and the distance between the quartiles by the median."""
+    if len(values) == 1:
+        return values[0], 0.0
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return median, (high - low) / median
 
 
 def measure(bench, make_ours, make_plain, images, flops=True, dtype=None):
@@ -458,20 +481,20 @@ def measure(bench, make_ours, make_plain, images, flops=True, dtype=None):
             for _ in range(3):
                 works[side]()
     calls = 4 if flops and device.type == "cuda" else 1
-    times, start = {"ours": [], "plain": []}, time.perf_counter()
-    while len(times["ours"]) < bench.repeats or (time.perf_counter() - start < 2 and len(times["ours"]) < 100):
-        for side, work in works.items():
-            times[side].append(seconds_of(work, device, calls))
+    turns, start = [], time.perf_counter()
+    while len(turns) < bench.repeats or (time.perf_counter() - start < bench.seconds and len(turns) < 100):
+        turns.append({side: seconds_of(work, device, calls) for side, work in works.items()})
     for side, found in sides.items():
-        seconds = statistics.median(times[side])
-        found |= {"ms": 1000 * seconds, "images_per_second": images / seconds}
+        seconds, processor = (statistics.median(turn[side][i] for turn in turns) for i in range(2))
+        found |= {"ms": 1000 * seconds, "images_per_second": images / seconds, "cpu_ms": 1000 * processor}
         if "gflop_per_image" in found:
             found["tflops"] = found["gflop_per_image"] * images / seconds / 1e3
             found["mfu"] = found["tflops"] * 1e12 / bench.peak(dtype or bench.dtype)
-    low, ratio, high = quartiles([theirs / ours for ours, theirs in zip(times["ours"], times["plain"], strict=True)])
+    ratio, spread = ratio_of([turn["plain"][0] / turn["ours"][0] for turn in turns])
+    cpu_ratio, cpu_spread = ratio_of([turn["plain"][1] / turn["ours"][1] for turn in turns])
     bench.accelerator.free_memory()
-    return {**sides["ours"], "ratio": ratio, "spread": (high - low) / ratio, "repeats": len(times["ours"]),
-            "baseline": sides["plain"]}  # fmt: skip
+    return {**sides["ours"], "ratio": ratio, "spread": spread, "cpu_ratio": cpu_ratio, "cpu_spread": cpu_spread,
+            "repeats": len(turns), "baseline": sides["plain"]}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -519,7 +542,7 @@ class Bench:
     """What all rows share."""
 
     def __init__(self, flags, folder):
-        self.folder, self.compile, self.repeats = folder, flags.compile, flags.repeats
+        self.folder, self.compile, self.repeats, self.seconds = folder, flags.compile, flags.repeats, flags.seconds
         self.device, self.dtype = torch.device(flags.device), DTYPES[flags.dtype]
         args = train.Args()
         args.model.size, args.model.method, args.model.image_size = flags.size, flags.method, flags.image_size
@@ -596,20 +619,31 @@ def masks(bench, images=64):
 
 
 def decode(bench):
-    return measure(bench, lambda: lambda: [train.decode(data) for data in bench.jpegs],
-                   lambda: lambda: [plain_decode(data) for data in bench.jpegs], len(bench.jpegs), flops=False)  # fmt: skip
+    def ours():
+        return [train.decode(data) for data in bench.jpegs]
+
+    def plain():
+        return [plain_decode(data) for data in bench.jpegs]
+
+    return measure(bench, lambda: ours, lambda: plain, len(bench.jpegs), flops=False)
 
 
 def transform(bench):
     view, plain_view = train.Crops(bench.args, bench.config), PlainView(bench.args, bench.config)
     tensors, pictures = [train.decode(data) for data in bench.jpegs], [plain_decode(data) for data in bench.jpegs]
-    return measure(bench, lambda: lambda: [view(tensor, seed) for seed, tensor in enumerate(tensors)],
-                   lambda: lambda: [plain_view(picture) for picture in pictures], len(tensors), flops=False)  # fmt: skip
+
+    def ours():
+        return [view(tensor, seed) for seed, tensor in enumerate(tensors)]
+
+    def plain():
+        return [plain_view(picture) for picture in pictures]
+
+    return measure(bench, lambda: ours, lambda: plain, len(tensors), flops=False)
 
 
-def data(bench):
+def data(bench, jitter_first=False):
     """Bytes to a stacked chunk, as a loading process makes it."""
-    view, plain_view = train.Crops(bench.args, bench.config), PlainView(bench.args, bench.config)
+    view, plain_view = train.Crops(bench.args, bench.config), PlainView(bench.args, bench.config, jitter_first)
     source = train.Source(None, "image", None, len(bench.jpegs), "noise")
     rows = [(0, number, {"image": {"bytes": data}}) for number, data in enumerate(bench.jpegs)]
 
@@ -847,13 +881,14 @@ def train_script(bench, lines=10, left_out=3):
 
 
 def cost(bench):
-    """CAE against itself without alignment and decoder, as the paper states it: parameters and time, without teacher."""
+    """CAE by itself without alignment and decoder, as the paper states their cost; time without the teacher."""
     bare = dataclasses.replace(bench.config, align_weight=0.0, decoder_depth=0)
     row = measure(bench, lambda: our_step(bench, bench.dtype, bare, bench.target),
                   lambda: our_step(bench, bench.dtype, None, bench.target), bench.batch)  # fmt: skip
     sizes = [sum(p.numel() for p in CAE(config).parameters()) for config in (bench.config, bare)]
-    return {"with": row.pop("baseline"), "without": row, "time_ratio": row.pop("ratio"), "spread": row.pop("spread"),
-            "parameters_ratio": sizes[0] / sizes[1], "paper": {"time_ratio": 1.24, "parameters_ratio": 1.23}}  # fmt: skip
+    return {"with": row.pop("baseline"), "without": row, "time_ratio": row.pop("ratio"), "cpu_time_ratio": row.pop("cpu_ratio"),
+            "spread": row.pop("spread"), "cpu_spread": row.pop("cpu_spread"),
+            "parameters_ratio": sizes[0] / sizes[1]}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -890,7 +925,8 @@ def parse():
     parser.add_argument("--dtype", choices=("fp32", "bf16"), help="of autocast; default: fp32 on the CPU, bf16 on cuda")
     parser.add_argument("--compile", action="store_true", help="compile ours, as train.py --compile does")
     parser.add_argument("--images", type=int, default=64, help="different JPEGs")
-    parser.add_argument("--repeats", type=int, default=5, help="of each row, at least")
+    parser.add_argument("--repeats", type=int, default=3, help="of each row, at least")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each row, at least")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW",
                         help=f"of {', '.join(ROWS)}; default: all that apply")  # fmt: skip
     flags = parser.parse_args()
@@ -908,8 +944,10 @@ def parse():
 
 def rows_of(bench, flags):
     """{name: measurement} of what was asked for and applies."""
-    rows = {"masks": masks, "decode": decode, "transform": transform, "data": data, "teacher": teacher,
-            "encoder": encoder, "regressor": regressor}  # fmt: skip
+    rows = {"masks": masks, "decode": decode, "transform": transform, "data": data}
+    if bench.args.recipe.color_jitter:
+        rows["data-released"] = partial(data, jitter_first=True)
+    rows |= {"teacher": teacher, "encoder": encoder, "regressor": regressor}
     if flags.method == "cae":
         rows["alignment"] = alignment
     rows |= {"optimizer": optimizer, "step": step}
@@ -934,13 +972,19 @@ def line_of(name, row):
     cells += [f"{plain['ms']:.2f}", f"{plain['images_per_second']:.1f}"]
     cells += [f"{plain['memory_mb']:.0f}" if "memory_mb" in plain else "", f"{row['ratio']:.2f}"]
     cells += [f"{row['spread']:.0%}" if "spread" in row else ""]
-    return f"{name:13}" + "".join(f"{cell:>12}" for cell in cells)
+    cells += [f"{row['cpu_ratio']:.2f}" if "cpu_ratio" in row else ""]
+    return name.ljust(13) + aligned(cells)
+
+
+def aligned(cells):
+    return "".join(f"{cell:>12}" for cell in cells)
 
 
 def main():
     flags, start = parse(), time.perf_counter()
     if flags.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # also for train.py
+    check_flops()
     worst = check_equal()
     print(f"the baseline computes the same: losses and gradients differ by {worst:.0e} at most, in float32")
     with tempfile.TemporaryDirectory() as folder:
@@ -952,24 +996,25 @@ def main():
         config, rows = bench.config, {}
         result = {
             **vars(flags), "target": bench.args.target.target, "image_size": config.image_size,
-            "device_name": device_name(bench.device), "threads": bench.threads, "torch": torch.__version__, "cpu_bf16": has_bf16(),
+            "device_name": device_name(bench.device), "threads": bench.threads, "torch": torch.__version__,
+            "cpu_bf16": has_bf16(),
             "masked": bench.num_masked, "patches": config.num_patches, "loading_processes": bench.args.data.workers,
             "jpeg_kb": statistics.mean(map(len, bench.jpegs)) / 1000, "jpegs": flags.images, "rows": rows,
         }  # fmt: skip
         print(f"{config.method} {flags.size}, {bench.num_masked} of {config.num_patches} patches masked, batch "
               f"{bench.batch}, {flags.dtype}, target {result['target']}; {result['device_name']}, {bench.threads} "
               f"threads, torch {torch.__version__}; CPU instructions for bf16: {', '.join(has_bf16()) or 'none'}\n"
-              f"masks, decode, transform, data: on one core, JPEGs of {result['jpeg_kb']:.0f} kB")  # fmt: skip
-        titles = [*(title for _, title, _ in COLUMNS), "baseline ms", "images/s", "MB", "ratio", "spread"]
-        print(f"{'':13}" + "".join(f"{title:>12}" for title in titles), flush=True)
+              f"{', '.join(DATA_ROWS)}: on one core, JPEGs of {result['jpeg_kb']:.0f} kB")  # fmt: skip
+        titles = [*(title for _, title, _ in COLUMNS), "baseline ms", "images/s", "MB", "ratio", "spread", "cpu ratio"]
+        print(13 * " " + aligned(titles), flush=True)
         for name, work in rows_of(bench, flags).items():
-            alone = name in ("masks", "decode", "transform", "data")  # as in a loading process
+            alone = name in DATA_ROWS  # as in a loading process
             torch.set_num_threads(1 if alone else bench.threads)
             row = work(bench)
             if name == "cost":
                 result["cost"] = row
                 print(f"alignment and decoder: parameters x {row['parameters_ratio']:.2f} (paper: 1.23), time without "
-                      f"teacher x {row['time_ratio']:.2f} (paper: 1.24), spread {row['spread']:.0%}")  # fmt: skip
+                      f"teacher x {row['time_ratio']:.2f} (paper: 1.24; processor time x {row['cpu_time_ratio']:.2f})")  # fmt: skip
                 continue
             rows[name] = row
             print(line_of(name, row), flush=True)

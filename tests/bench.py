@@ -886,9 +886,12 @@ def cost(bench):
     row = measure(bench, lambda: our_step(bench, bench.dtype, bare, bench.target),
                   lambda: our_step(bench, bench.dtype, None, bench.target), bench.batch)  # fmt: skip
     sizes = [sum(p.numel() for p in CAE(config).parameters()) for config in (bench.config, bare)]
-    return {"with": row.pop("baseline"), "without": row, "time_ratio": row.pop("ratio"), "cpu_time_ratio": row.pop("cpu_ratio"),
-            "spread": row.pop("spread"), "cpu_spread": row.pop("cpu_spread"),
-            "parameters_ratio": sizes[0] / sizes[1]}  # fmt: skip
+    return {
+        "parameters_ratio": sizes[0] / sizes[1],
+        **{name.replace("ratio", "time_ratio"): row.pop(name) for name in ("ratio", "spread", "cpu_ratio", "cpu_spread")},
+        "with": row.pop("baseline"),
+        "without": row,
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -1013,8 +1016,9 @@ def main():
             row = work(bench)
             if name == "cost":
                 result["cost"] = row
-                print(f"alignment and decoder: parameters x {row['parameters_ratio']:.2f} (paper: 1.23), time without "
-                      f"teacher x {row['time_ratio']:.2f} (paper: 1.24; processor time x {row['cpu_time_ratio']:.2f})")  # fmt: skip
+                print(f"cost of alignment and decoder: parameters x {row['parameters_ratio']:.2f} (paper: 1.23), time "
+                      f"without teacher x {row['time_ratio']:.2f} (paper: 1.24), processor time "
+                      f"x {row['cpu_time_ratio']:.2f}")  # fmt: skip
                 continue
             rows[name] = row
             print(line_of(name, row), flush=True)

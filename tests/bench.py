@@ -888,10 +888,10 @@ def cost(bench):
     sizes = [sum(p.numel() for p in CAE(config).parameters()) for config in (bench.config, bare)]
     return {
         "parameters_ratio": sizes[0] / sizes[1],
-        **{name.replace("ratio", "time_ratio"): row.pop(name) for name in ("ratio", "spread", "cpu_ratio", "cpu_spread")},
-        "with": row.pop("baseline"),
-        "without": row,
-    }
+        "time_ratio": row.pop("ratio"), "spread": row.pop("spread"),
+        "cpu_time_ratio": row.pop("cpu_ratio"), "cpu_spread": row.pop("cpu_spread"),
+        "with": row.pop("baseline"), "without": row,
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------

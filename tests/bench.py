@@ -1,6 +1,6 @@
 """How fast training is, part by part, beside a plain baseline that computes the same.
 
-    python tests/bench.py                             CAE v2-S, batch 8, float32, on the CPU: under five minutes
+    python tests/bench.py                             CAE v2-S, batch 8, float32, on the CPU: four minutes on two cores
     python tests/bench.py --method cae                CAE, also the cost of its alignment and decoder
     python tests/bench.py --device cuda               CAE v2-B, batch 256, bf16
     python tests/bench.py --only masks decode data    these rows alone

@@ -39,12 +39,14 @@ def encoder_flops(config, visible):
 
 @pytest.mark.parametrize("method", ["cae-v2", "cae"])
 def test_every_row_is_reported(method):
-    result, lines = report("--method", method, *(["--target", "pixels"] if method == "cae" else []))
+    # train.py is started for one method alone, which saves a quarter of the time
+    flags = ["--target", "pixels", "--only", *(set(bench.ROWS) - {"train"})] if method == "cae" else []
+    result, lines = report("--method", method, *flags)
     rows, bf16 = result["rows"], bool(result["cpu_bf16"])
     # pixels are no work that torch would count, and nothing that a smaller dtype would change
     expected = BOTH | {"step-bf16"} if bf16 else set(BOTH)
     if method == "cae":
-        expected |= {"alignment"}
+        expected = (expected - {"train"}) | {"alignment"}
     elif bf16:
         expected |= {"teacher-bf16"}
     assert set(rows) == expected

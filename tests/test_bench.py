@@ -1,0 +1,71 @@
+"""bench.py as its users run it, at a size at which its times mean nothing: only what it reports is looked at."""
+
+import json
+import math
+
+import bench
+import pytest
+import torch
+from launch import launch, succeeded
+
+from cae import CAEConfig
+
+TINY = ["tests/bench.py", "--size", "nano", "--batch-size", "2", "--images", "3", "--repeats", "1", "--seconds", "0"]
+BOTH = {"masks", "decode", "transform", "data", "teacher", "encoder", "regressor", "optimizer", "step", "train"}
+COUNTED = {"encoder", "regressor", "alignment", "step", "step-bf16"}
+
+
+def report(*flags):
+    """The last line of the output, and the lines before it."""
+    *lines, last = succeeded(launch(*TINY, *flags)).stdout.splitlines()
+    return json.loads(last), lines
+
+
+def numbers(value):
+    """All numbers in rows of rows."""
+    if isinstance(value, dict):
+        return [number for inner in value.values() for number in numbers(inner)]
+    return [value]
+
+
+def encoder_flops(config, visible):
+    """Of one image, forward and backward, counted by hand."""
+    n, d = 1 + visible, config.dim
+    embedding = 2 * visible * 3 * config.patch_size**2 * d  # the images take no gradient: its weights alone do
+    linear = 2 * n * 12 * d * d  # qkv 3, projection 1, MLP 8; the backward pass is twice the forward pass
+    attention = 2 * 2 * n * n * d  # scores and their sum of values; the backward pass computes the scores once more
+    return 2 * embedding + config.depth * (3 * linear + 3.5 * attention)
+
+
+@pytest.mark.parametrize("method", ["cae-v2", "cae"])
+def test_every_row_is_reported(method):
+    # train.py is started for one method alone, which saves a quarter of the time
+    flags = ["--target", "pixels", "--only", *(set(bench.ROWS) - {"train"})] if method == "cae" else []
+    result, lines = report("--method", method, *flags)
+    rows, bf16 = result["rows"], bool(result["cpu_bf16"])
+    # pixels are no work that torch would count, and nothing that a smaller dtype would change
+    expected = BOTH | {"step-bf16"} if bf16 else set(BOTH)
+    if method == "cae":
+        expected = (expected - {"train"}) | {"alignment"}
+    elif bf16:
+        expected |= {"teacher-bf16"}
+    assert set(rows) == expected
+    for name, row in rows.items():
+        ours = {key: value for key, value in row.items() if key not in ("spread", "cpu_spread", "data_wait")}
+        assert all(math.isfinite(number) and number > 0 for number in numbers(ours)), (name, row)
+        assert {"ms", "images_per_second", "ratio"} <= set(row) and {"ms", "images_per_second"} <= set(row["baseline"])
+        if name in COUNTED:
+            assert {"gflop_per_image", "tflops", "mfu", "memory_mb"} <= set(row)
+        assert sum(line.split()[:1] == [name] for line in lines) == 1
+    config = CAEConfig.from_size("nano", method)
+    flops = encoder_flops(config, result["patches"] - result["masked"])
+    assert rows["encoder"]["gflop_per_image"] == pytest.approx(flops / 1e9, rel=1e-12)
+    if method == "cae":
+        cost = result["cost"]
+        assert cost["parameters_ratio"] > 1 and all(math.isfinite(number) for number in numbers(cost))
+
+
+def test_a_baseline_that_computes_something_else_is_refused(monkeypatch):
+    monkeypatch.setattr(bench.nn, "GELU", lambda: torch.nn.functional.silu)
+    with pytest.raises(AssertionError, match=r"the baseline is off by .* in cae-v2"):
+        bench.check_equal()

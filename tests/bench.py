@@ -108,12 +108,14 @@ class PlainView:
     """Pillow image -> float (3, S, S) in [0, 1], bool (N): crop, flip, jitter and mask as train.Crops does them; or
     jitter first, as the released code."""
 
-    def __init__(self, args, config, jitter_first=False):
+    def __init__(self, args, config, jitter_first=False, normalizes=False):
         crop = T.RandomResizedCrop(config.image_size, args.recipe.crop_scale, interpolation=Image.Resampling.BICUBIC)
         strength = args.recipe.color_jitter
         jitter = [T.ColorJitter(strength, strength, strength)] if strength else []
         views = [crop, T.RandomHorizontalFlip(args.recipe.flip)]
-        self.transform = T.Compose([*jitter, *views, T.ToTensor()] if jitter_first else [*views, *jitter, T.ToTensor()])
+        views = [*jitter, *views] if jitter_first else [*views, *jitter]
+        last = [T.ToTensor(), *([T.Normalize(IMAGENET_MEAN, IMAGENET_STD)] if normalizes else [])]
+        self.transform = T.Compose([*views, *last])
         self.mask = partial(plain_mask, *config.grid, train.num_masked(args, config), args.target.min_block)
 
     def __call__(self, image):
@@ -469,6 +471,7 @@ def ratio_of(values):
 def measure(bench, make_ours, make_plain, images, flops=True, dtype=None):
     """One row as a dict. make_*() -> the work; each side is made and called alone first, for memory and FLOPs."""
     device, sides, works = bench.device, {}, {}
+    train.choose_attention(device, "bf16" if (dtype or bench.dtype) == torch.bfloat16 else "no")
     for side, make in (("ours", make_ours), ("plain", make_plain)):
         with Memory(device) as memory, FlopCounterMode(display=False) if flops else nullcontext() as counter:
             works[side] = make()
@@ -553,10 +556,10 @@ class Bench:
         args.target.teacher = write_teacher(folder / "teacher", args.target.target, config)
         self.teacher = train.build_teacher(args, config)
         self.config = train.model_config(args, target_dim=self.teacher.target_dim)
-        self.teacher_dtype = self.dtype if self.device.type == "cuda" else torch.float32  # as train.py has it
+        self.teacher_dtype = self.dtype
         self.plain_teacher = plain_teacher(self.teacher).to(self.device)
         self.teacher.to(self.device, self.teacher_dtype)
-        self.accelerator, _ = train.make_accelerator(train.DeviceArgs(run_dir=str(folder), precision="fp32"))
+        self.accelerator, _ = train.make_accelerator(train.DeviceArgs(run_dir=str(folder), precision="fp32"), args.data)
         self.threads = torch.get_num_threads()
         self.num_masked = train.num_masked(args, self.config)
         self.jpegs = [jpeg(number) for number in range(flags.images)]
@@ -584,6 +587,9 @@ class Bench:
         if dtype not in self.peaks:
             self.peaks[dtype] = peak_rate(self.device, dtype)
         return self.peaks[dtype]
+
+    def teacher_as(self, dtype):
+        return self.teacher if dtype == self.teacher_dtype else copy.deepcopy(self.teacher).to(dtype)
 
     def autocast(self, dtype):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -642,8 +648,8 @@ def transform(bench):
 
 
 def data(bench, jitter_first=False):
-    """Bytes to a stacked chunk, as a loading process makes it."""
-    view, plain_view = train.Crops(bench.args, bench.config), PlainView(bench.args, bench.config, jitter_first)
+    """Bytes to a normalised batch: by the loading process alone as in public code, ours as a batch after loading."""
+    view, plain_view = train.Crops(bench.args, bench.config), PlainView(bench.args, bench.config, jitter_first, True)
     source = train.Source(None, "image", None, len(bench.jpegs), "noise")
     rows = [(0, number, {"image": {"bytes": data}}) for number, data in enumerate(bench.jpegs)]
 
@@ -651,7 +657,10 @@ def data(bench, jitter_first=False):
         images, masks = zip(*[plain_view(plain_decode(data)) for data in bench.jpegs], strict=True)
         return torch.stack(images), torch.stack(masks)
 
-    ours = partial(train.load_chunk, source, view, 0, rows)
+    def ours():
+        chunk = train.load_chunk(source, view, 0, rows)
+        return normalize(chunk["images"].float() / 255, IMAGENET_MEAN, IMAGENET_STD), chunk["visible"], chunk["masked"]
+
     return measure(bench, lambda: ours, lambda: plain, len(rows), flops=False)
 
 
@@ -665,8 +674,7 @@ def teacher(bench, dtype=None):
 
         return forward
 
-    ours = bench.teacher if dtype == bench.teacher_dtype else copy.deepcopy(bench.teacher).to(dtype)
-    return measure(bench, lambda: forward_of(ours), lambda: forward_of(bench.plain_teacher), bench.batch, dtype=dtype)
+    return measure(bench, lambda: forward_of(bench.teacher_as(dtype)), lambda: forward_of(bench.plain_teacher), bench.batch, dtype=dtype)
 
 
 def encoder(bench):
@@ -786,13 +794,13 @@ def our_step(bench, dtype, config=None, target=None):
     """A training step in the manner of `learn` in train.py, without accumulation. With a target no teacher runs."""
     model = bench.compiled(bench.model(config))
     model, adamw = train.prepare(bench.accelerator, model, fused_adamw(model))
-    update, sums = update_of(bench, model, adamw), {}
+    update, sums, teacher = update_of(bench, model, adamw), {}, bench.teacher_as(dtype)
 
     def step():
         pixels, visible, masked = (train.to_device(tensor, bench.device) for tensor in bench.host_batch)
         pixels = pixels.float() / 255
         with torch.no_grad():
-            goal = bench.teacher(pixels) if target is None else target
+            goal = teacher(pixels) if target is None else target
         with bench.autocast(dtype):
             losses = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), visible, masked, goal)
         bench.accelerator.backward(losses["loss"] * train.finite(losses["loss"]))

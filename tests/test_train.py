@@ -14,6 +14,7 @@ from images import write_folder
 from launch import ROOT, refused
 from PIL import Image
 from safetensors.torch import load_file
+from torchvision.transforms.v2 import functional as TF
 from transformers import (
     CLIPVisionModelWithProjection,
     FlavaImageCodebook,
@@ -117,7 +118,7 @@ def test_crops_are_a_pure_function_of_image_and_seed():
     again = crops(image, 5)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     others = [crops(image, seed) for seed in range(20)]
-    assert len({o[0].float().mean().item() for o in others}) == 20
+    assert len({o[0].numpy().tobytes() for o in others}) == 20
     assert len({tuple(o[2].tolist()) for o in others}) > 15
     view, visible, masked = first
     assert view.shape == (3, 28, 28) and view.dtype == torch.uint8
@@ -394,6 +395,32 @@ def test_unknown_flags_and_choices_end_with_code_2(monkeypatch, capsys):
             train.main()
         assert stop.value.code == 2
         assert named in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_color_jitter_is_that_of_torchvision(seed):
+    """The same operations in the same order, on floats that are not rounded in between."""
+    image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    torch.manual_seed(seed)
+    got = train.ColorJitter(0.4)(image)
+    torch.manual_seed(seed)
+    order, factors = torch.randperm(3).tolist(), torch.empty(3).uniform_(0.6, 1.4).tolist()
+    expected = image.double() / 255
+    for kind in order:
+        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[kind]
+        expected = adjust(expected, factors[kind])
+    assert (got.double() - 255 * expected).abs().max() < 0.51
+
+
+def test_color_jitter_of_full_strength_stays_in_range(seeded):
+    for value in (0, 255):
+        image = torch.full((3, 4, 4), value, dtype=torch.uint8)
+        for _ in range(20):
+            out = train.ColorJitter(1.0)(image)
+            assert out.dtype == torch.uint8 and (out == out[0, 0, 0]).all()
+    factors = torch.stack([train.ColorJitter(0.4)(torch.full((3, 1, 1), 100, dtype=torch.uint8)).float().mean()
+                           for _ in range(500)])  # fmt: skip
+    assert 58 < factors.min() < 66 and 134 < factors.max() < 142, "of one grey, brightness alone is seen"
 
 
 # The run folder.

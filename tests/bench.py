@@ -674,7 +674,8 @@ def teacher(bench, dtype=None):
 
         return forward
 
-    return measure(bench, lambda: forward_of(bench.teacher_as(dtype)), lambda: forward_of(bench.plain_teacher), bench.batch, dtype=dtype)
+    return measure(bench, lambda: forward_of(bench.teacher_as(dtype)), lambda: forward_of(bench.plain_teacher),
+                   bench.batch, dtype=dtype)  # fmt: skip
 
 
 def encoder(bench):

@@ -18,7 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from faults import assert_same, kill_and_resume, last_step, ranks_of, start, wait_for
-from images import noise_png, write_parquet
+from images import noise_png, write_folder, write_parquet, write_tars
 from launch import command_of, environment_of, launch, log_of, succeeded
 from safetensors.torch import load_file, save_file
 
@@ -92,6 +92,31 @@ def test_a_signal_finishes_the_step_and_writes_a_checkpoint(name, reference, tmp
     assert steps_of(tmp_path / "run") == [3, 5] and damage(last) is None
     run(tmp_path / "run")
     assert_same(tmp_path / "run", reference)
+
+
+@pytest.mark.parametrize(("kind", "flags", "stops"), [
+    ("tar", ["--streaming", "--workers", "2", "--shuffle-window", "24"], (3, 4)),
+    ("tar", ["--no-streaming", "--workers", "0"], (5,)),
+    ("folder", ["--workers", "2", "--parts", "2", "--batch-size", "4"], (1, 6)),
+    ("folder", ["--workers", "0"], (7,)),
+    ("parquet", ["--streaming", "--workers", "0", "--shuffle-window", "9", "--parts", "2", "--batch-size", "4"], (2, 5)),
+])  # fmt: skip
+def test_whatever_is_read_a_stopped_run_ends_as_the_whole_one(kind, flags, stops, tmp_path, monkeypatch):
+    """In the middle of windows and of parts, and across the end of a pass of 121 images, one of which is none."""
+    encode = lambda n: b"<html>" if n == 33 and "--parts" not in flags else noise_png(n)  # noqa: E731
+    write = {"tar": lambda: write_tars(tmp_path / kind, (43, 37, 41), encode=encode),
+             "parquet": lambda: write_parquet(tmp_path / kind, (43, 37, 41), group=9, encode=encode),
+             "folder": lambda: write_folder(tmp_path / kind, 121, encode=encode)}[kind]  # fmt: skip
+    flags = ["--dataset", str(write()), "--size", "nano", "--teacher", str(train.DEMO / "clip_teacher"), *flags]
+    run(tmp_path / "whole", *flags)
+    last = log_of(tmp_path / "whole")[-1]
+    assert last["epoch"] > 1 and last["skipped"] == ("--parts" not in flags)
+    for step in stops:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            after_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+            run(tmp_path / "run", *flags)
+    run(tmp_path / "run", *flags)
+    assert_same(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])

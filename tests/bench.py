@@ -594,9 +594,9 @@ class Bench:
     def autocast(self, dtype):
         """As train.py trains; the baseline has no use for the choice of attention."""
         half = dtype == torch.bfloat16
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            with train.attention_for(self.device, "bf16" if half else "no"):
-                yield
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        with autocast, train.attention_for(self.device, "bf16" if half else "no"):
+            yield
 
     def model(self, config=None):
         torch.manual_seed(0)

@@ -58,6 +58,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms import v2
@@ -2041,15 +2042,15 @@ def make_accelerator(run, data, tracker="none"):
             InitProcessGroupKwargs(timeout=timedelta(minutes=run.timeout + data.patience)),
         ],
     )
-    choose_attention(accelerator.device, precision)
     if accelerator.device.type == "cpu":
         torch.set_num_threads(cores_per_process())  # accelerate launch leaves one
     return accelerator, precision
 
 
-def choose_attention(device, precision):
-    """On a CPU the backward pass of fused attention in bf16 takes longer than plain products do; else it pays."""
-    torch.backends.cuda.enable_flash_sdp(not (device.type == "cpu" and precision == "bf16"))  # in spite of its name
+def attention_for(device, precision):
+    """A context for what is trained: fused attention, but for bf16 on a CPU, where its backward pass takes longer than
+    plain products do."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and precision == "bf16" else nullcontext()
 
 
 def prepare(accelerator, model, optimizer):
@@ -2390,7 +2391,8 @@ def train(args):
             pixels = pixels.float() / 255                                                # (B, 3, S, S)
             with torch.no_grad():
                 target = teacher(pixels)  # the one line in which targets are made
-            with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(model):
+            whole = micro == accumulation - 1
+            with nullcontext() if whole else accelerator.no_sync(model), attention_for(device, precision):
                 losses = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), visible, masked, target)
                 accelerator.backward(losses["loss"] * finite(losses["loss"]) / accumulation)
             for name, value in losses.items():

@@ -37,7 +37,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 
@@ -471,7 +471,6 @@ def ratio_of(values):
 def measure(bench, make_ours, make_plain, images, flops=True, dtype=None):
     """One row as a dict. make_*() -> the work; each side is made and called alone first, for memory and FLOPs."""
     device, sides, works = bench.device, {}, {}
-    train.choose_attention(device, "bf16" if (dtype or bench.dtype) == torch.bfloat16 else "no")
     for side, make in (("ours", make_ours), ("plain", make_plain)):
         with Memory(device) as memory, FlopCounterMode(display=False) if flops else nullcontext() as counter:
             works[side] = make()
@@ -591,8 +590,13 @@ class Bench:
     def teacher_as(self, dtype):
         return self.teacher if dtype == self.teacher_dtype else copy.deepcopy(self.teacher).to(dtype)
 
+    @contextmanager
     def autocast(self, dtype):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+        """As train.py trains; the baseline has no use for the choice of attention."""
+        half = dtype == torch.bfloat16
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        with autocast, train.attention_for(self.device, "bf16" if half else "no"):
+            yield
 
     def model(self, config=None):
         torch.manual_seed(0)
@@ -648,8 +652,10 @@ def transform(bench):
 
 
 def data(bench, jitter_first=False):
-    """Bytes to a normalised batch: by the loading process alone as in public code, ours as a batch after loading."""
-    view, plain_view = train.Crops(bench.args, bench.config), PlainView(bench.args, bench.config, jitter_first, True)
+    """Bytes to what a loading process hands on: uint8 and indices; the baseline's floats and boolean masks. As
+    released: jitter before the crop, and normalised there too (ours are normalised on the device, in `step`)."""
+    view = train.Crops(bench.args, bench.config)
+    plain_view = PlainView(bench.args, bench.config, jitter_first, normalizes=jitter_first)
     source = train.Source(None, "image", None, len(bench.jpegs), "noise")
     rows = [(0, number, {"image": {"bytes": data}}) for number, data in enumerate(bench.jpegs)]
 
@@ -657,10 +663,7 @@ def data(bench, jitter_first=False):
         images, masks = zip(*[plain_view(plain_decode(data)) for data in bench.jpegs], strict=True)
         return torch.stack(images), torch.stack(masks)
 
-    def ours():
-        chunk = train.load_chunk(source, view, 0, rows)
-        return normalize(chunk["images"].float() / 255, IMAGENET_MEAN, IMAGENET_STD), chunk["visible"], chunk["masked"]
-
+    ours = partial(train.load_chunk, source, view, 0, rows)
     return measure(bench, lambda: ours, lambda: plain, len(rows), flops=False)
 
 

@@ -960,8 +960,7 @@ def parse():
 def rows_of(bench, flags):
     """{name: measurement} of what was asked for and applies."""
     rows = {"masks": masks, "decode": decode, "transform": transform, "data": data}
-    if bench.args.recipe.color_jitter:
-        rows["data-released"] = partial(data, jitter_first=True)
+    rows["data-released"] = partial(data, jitter_first=True)
     rows |= {"teacher": teacher, "encoder": encoder, "regressor": regressor}
     if flags.method == "cae":
         rows["alignment"] = alignment

@@ -120,6 +120,25 @@ def test_whatever_is_read_a_stopped_run_ends_as_the_whole_one(kind, flags, stops
 
 
 @pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(workers, tmp_path, monkeypatch):
+    flags = ["--shuffle-window", "32", "--interleave", "1", "--workers", workers]
+    run(tmp_path / "whole", *flags)
+
+    def dies(*args):
+        yield from itertools.islice(read(*args), 90)
+        raise train.NetworkError("connection refused")
+
+    with monkeypatch.context() as patch:
+        read = train.ShardChunks.read
+        patch.setattr(train.ShardChunks, "read", dies)
+        with pytest.raises(RunError, match=r"has been away for .* minutes \(--patience\).*; .* continues from .*step_"):
+            run(tmp_path / "run", *flags, "--checkpoint-every", "8", "--patience", "0.001")
+    assert steps_of(tmp_path / "run") == [last_step(tmp_path / "run")]
+    run(tmp_path / "run", *flags)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_signal_is_heard_while_a_server_is_away(workers, reference, tmp_path, monkeypatch, capsys):
     """The patience is 30 minutes; a preempted machine has one."""
     def hang(*_):

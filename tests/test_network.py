@@ -249,7 +249,7 @@ def test_a_run_over_faults_is_the_run_without(tmp_path):
                          **environment)  # fmt: skip
         assert "Traceback" not in succeeded(run).stderr
         assert ("waiting for the server" in run.stderr) == (name == "with")
-        keys = ("step", "epoch", "loss", "loss_cls", "loss_visible", "loss_masked", "grad_norm", "skipped")
+        keys = ("step", "epoch", "loss", "loss_cls", "loss_visible", "loss_masked", "grad_norm", "skipped", "seen")
         logs[name] = [[line[key] for key in keys] for line in log_of(tmp_path / name)]
     assert sum(script.done.values()) >= 4
     assert len(logs["with"]) == 8 and logs["with"] == logs["without"]

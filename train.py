@@ -1854,7 +1854,7 @@ def prepare_run_dir(run, values):
     folder, checkpoint = run_to_resume(run)
     candidates = [checkpoint] if checkpoint else checkpoints(folder)[::-1]
     if run.resume not in ("auto", "never") and found and found[-1].name > candidates[0].name:
-        raise UserError(f"run folder {run_dir} goes on to {found[-1].name}: to branch off, pass another --run-dir")
+        raise UserError(f"run folder {run_dir} goes on to {found[-1].name}: pass --resume auto, or to branch off another --run-dir")
     config = config_of_run(folder)
     changed = compare_runs(values, folder, config, run.resume_changed) if candidates else {}
     make_run_dir(run_dir / "checkpoints")
@@ -1959,6 +1959,14 @@ def write_config(run_dir, values, model, changed=()):
     write_aside(Path(run_dir) / "config.json", json.dumps(config, indent=2))
 
 
+def step_of(line):
+    """The step of a line of log.jsonl; infinite for what a lost machine left of one."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 class Log:
     """log.jsonl, the terminal and the tracker. Main process only; the others call it in vain."""
 
@@ -1967,7 +1975,7 @@ class Log:
         self.main = accelerator.is_main_process
         if self.main and self.path.exists():  # lines beyond the checkpoint are written again
             lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= start]
+            kept = [line for line in lines if step_of(line) <= start]
             write_aside(self.path, "".join(line + "\n" for line in kept))
         # a full disk may cut a line off: it is written again, after the last whole one
         self.size, self.pending = self.path.stat().st_size if self.main and self.path.exists() else 0, ""
@@ -1988,7 +1996,11 @@ class Log:
             self.size, self.pending = self.size + len(self.pending.encode()), ""
         except OSError as error:
             tqdm.write(f"warning: {self.path} cannot be written: {first_line(error)}", file=sys.stderr)
-        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, (int, float))}, step=values["step"])
+        try:
+            tracked = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+            self.accelerator.log(tracked, step=values["step"])
+        except (OSError, RuntimeError) as error:  # the run is worth more than its curves
+            tqdm.write(f"warning: the tracker failed: {first_line(error)}", file=sys.stderr)
         loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
         line = (f"loss {loss}  {values['images_per_second']:.0f} images/s  "
                 f"waiting for data {values['data_wait']:.0%}")  # fmt: skip

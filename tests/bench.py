@@ -56,6 +56,7 @@ from torch.utils.data import DataLoader  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from torchvision import transforms as T  # noqa: E402
 from torchvision.datasets import ImageFolder  # noqa: E402
+from torchvision.transforms import functional as TF  # noqa: E402
 
 from cae import (  # noqa: E402
     CAE,
@@ -105,21 +106,41 @@ def plain_mask(rows, columns, num_masked, min_block):
 
 
 class PlainView:
-    """Pillow image -> float (3, S, S) in [0, 1], bool (N): crop, flip, jitter and mask as train.Crops does them; or
-    jitter first, as the released code."""
+    """Pillow image -> float (3, S, S) in [0, 1], bool (N): crop, flip, jitter and mask as train.Crops does them."""
 
-    def __init__(self, args, config, jitter_first=False, normalizes=False):
+    def __init__(self, args, config):
         crop = T.RandomResizedCrop(config.image_size, args.recipe.crop_scale, interpolation=Image.Resampling.BICUBIC)
-        strength = args.recipe.color_jitter
-        jitter = [T.ColorJitter(strength, strength, strength)] if strength else []
-        views = [crop, T.RandomHorizontalFlip(args.recipe.flip)]
-        views = [*jitter, *views] if jitter_first else [*views, *jitter]
-        last = [T.ToTensor(), *([T.Normalize(IMAGENET_MEAN, IMAGENET_STD)] if normalizes else [])]
-        self.transform = T.Compose([*views, *last])
+        self.transform = T.Compose([crop, T.RandomHorizontalFlip(args.recipe.flip), *plain_jitter(args), T.ToTensor()])
         self.mask = partial(plain_mask, *config.grid, train.num_masked(args, config), args.target.min_block)
 
     def __call__(self, image):
         return self.transform(image), torch.from_numpy(self.mask().flatten())
+
+
+class ReleasedView(PlainView):
+    """As the released code does it: the whole image is jittered and flipped, then cropped; the crop is normalised, and
+    for DALL-E's tokenizer made a second time, at half the size with Lanczos."""
+
+    def __init__(self, args, config):
+        super().__init__(args, config)
+        self.size, self.scale = config.image_size, args.recipe.crop_scale
+        self.before = T.Compose([*plain_jitter(args), T.RandomHorizontalFlip(args.recipe.flip)])
+        self.student = T.Compose([T.ToTensor(), T.Normalize(IMAGENET_MEAN, IMAGENET_STD)])
+        self.second = args.target.target == "dalle"
+
+    def __call__(self, image):
+        image = self.before(image)
+        box = T.RandomResizedCrop.get_params(image, self.scale, (3 / 4, 4 / 3))
+        crops = [self.student(TF.resized_crop(image, *box, [self.size] * 2, T.InterpolationMode.BICUBIC))]
+        if self.second:
+            small = TF.resized_crop(image, *box, [self.size // 2] * 2, T.InterpolationMode.LANCZOS)
+            crops.append(0.8 * TF.to_tensor(small) + 0.1)
+        return torch.cat([crop.flatten() for crop in crops]), torch.from_numpy(self.mask().flatten())
+
+
+def plain_jitter(args):
+    strength = args.recipe.color_jitter
+    return [T.ColorJitter(strength, strength, strength)] if strength else []
 
 
 def plain_decode(data):
@@ -651,11 +672,10 @@ def transform(bench):
     return measure(bench, lambda: ours, lambda: plain, len(tensors), flops=False)
 
 
-def data(bench, jitter_first=False):
-    """Bytes to what a loading process hands on: uint8 and indices; the baseline's floats and boolean masks. As
-    released: jitter before the crop, and normalised there too (ours are normalised on the device, in `step`)."""
-    view = train.Crops(bench.args, bench.config)
-    plain_view = PlainView(bench.args, bench.config, jitter_first, normalizes=jitter_first)
+def data(bench, plain_kind=PlainView):
+    """Bytes to what a loading process hands on: uint8 and indices; the baseline's floats and boolean masks. (What the
+    released code does there beyond, we do on the device, within `step`.)"""
+    view, plain_view = train.Crops(bench.args, bench.config), plain_kind(bench.args, bench.config)
     source = train.Source(None, "image", None, len(bench.jpegs), "noise")
     rows = [(0, number, {"image": {"bytes": data}}) for number, data in enumerate(bench.jpegs)]
 
@@ -960,7 +980,7 @@ def parse():
 def rows_of(bench, flags):
     """{name: measurement} of what was asked for and applies."""
     rows = {"masks": masks, "decode": decode, "transform": transform, "data": data}
-    rows["data-released"] = partial(data, jitter_first=True)
+    rows["data-released"] = partial(data, plain_kind=ReleasedView)
     rows |= {"teacher": teacher, "encoder": encoder, "regressor": regressor}
     if flags.method == "cae":
         rows["alignment"] = alignment

@@ -1854,7 +1854,9 @@ def prepare_run_dir(run, values):
     folder, checkpoint = run_to_resume(run)
     candidates = [checkpoint] if checkpoint else checkpoints(folder)[::-1]
     if run.resume not in ("auto", "never") and found and found[-1].name > candidates[0].name:
-        raise UserError(f"run folder {run_dir} goes on to {found[-1].name}: pass --resume auto, or to branch off another --run-dir")
+        raise UserError(
+            f"run folder {run_dir} goes on to {found[-1].name}: pass --resume auto, or to branch off another --run-dir"
+        )
     config = config_of_run(folder)
     changed = compare_runs(values, folder, config, run.resume_changed) if candidates else {}
     make_run_dir(run_dir / "checkpoints")

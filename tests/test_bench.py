@@ -11,7 +11,8 @@ from launch import launch, succeeded
 from cae import CAEConfig
 
 TINY = ["tests/bench.py", "--size", "nano", "--batch-size", "2", "--images", "3", "--repeats", "1", "--seconds", "0"]
-BOTH = {"masks", "decode", "transform", "data", "teacher", "encoder", "regressor", "optimizer", "step", "train"}
+BOTH = {"masks", "decode", "transform", "data", "data-released", "teacher", "encoder", "regressor", "optimizer", "step",
+        "train"}  # fmt: skip
 COUNTED = {"encoder", "regressor", "alignment", "step", "step-bf16"}
 
 

@@ -71,9 +71,9 @@ def after_step(monkeypatch, step, act):
 
 
 def test_a_killed_run_ends_as_if_nobody_had_killed_it(tmp_path):
-    """The short form of tests/faults.py: two processes, SIGKILL, once in the middle of a save."""
-    figures = kill_and_resume(tmp_path, kills=2, steps=30, seed=2)
-    assert figures["kills"] == 2 and figures["same"]
+    """The short form of tests/faults.py: two processes, SIGKILL, aimed at a save."""
+    figures = kill_and_resume(tmp_path, kills=1, steps=24, seed=2)
+    assert figures["kills"] == 1 and figures["same"]
 
 
 # -------------------------------------------------------------------------------------------------------------- signals
@@ -124,8 +124,10 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(workers, tmp_pa
     flags = ["--shuffle-window", "32", "--interleave", "1", "--workers", workers]
     run(tmp_path / "whole", *flags)
 
-    def dies(*args):
-        yield from itertools.islice(read(*args), 90)
+    def dies(*args, gone=[]):  # noqa: B006 (once for all shards)
+        if not gone:
+            yield from itertools.islice(read(*args), 90)
+        gone.append(1)
         raise train.NetworkError("connection refused")
 
     with monkeypatch.context() as patch:

@@ -72,8 +72,9 @@ def test_resume_equals_uninterrupted(whole, tmp_path, processes):
             assert ours[name] == theirs[name], name
     ours, theirs = (load_file(path / "model" / "model.safetensors") for path in (folder, reference))
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
-    again = run(folder, *RESUMABLE, *flags, processes=processes)
-    assert "is complete: 8 steps" in again.stdout and len(log_of(folder)) == 8
+    if processes == 1:
+        again = run(folder, *RESUMABLE)
+        assert "is complete: 8 steps" in again.stdout and len(log_of(folder)) == 8
 
 
 def test_one_two_processes_and_accumulation_give_the_same_losses(tmp_path):

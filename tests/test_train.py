@@ -475,13 +475,14 @@ def test_write_aside_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatc
     assert path.read_text() == "old"
 
 
-def test_publish_replaces_a_folder(tmp_path):
-    for name, text in (("model", "old"), ("model.tmp", "new")):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x").write_text(text)
-    train.publish(tmp_path / "model.tmp", tmp_path / "model")
-    assert (tmp_path / "model" / "x").read_text() == "new"
-    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+def test_publish_names_a_folder_and_replaces_files(tmp_path):
+    (tmp_path / "step.tmp").mkdir()
+    (tmp_path / "step.tmp" / "x").write_text("whole")
+    train.publish(tmp_path / "step.tmp", tmp_path / "step")
+    for text in ("old", "new"):
+        train.publish_files(tmp_path / "model", lambda folder: (folder / "x").write_text(text))  # noqa: B023
+    assert (tmp_path / "step" / "x").read_text() == "whole" and (tmp_path / "model" / "x").read_text() == "new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "step"]
 
 
 def test_key_is_stable():

@@ -4,7 +4,10 @@ import ast
 import dataclasses
 import inspect
 import re
+from functools import cache
 from itertools import pairwise
+
+getsource = cache(inspect.getsource)  # it parses a whole file for each class
 
 
 def groups(command):
@@ -14,10 +17,10 @@ def groups(command):
 
 def assert_used(commands, modules, elsewhere=()):
     """A flag that nobody reads is a lie: each field is read somewhere outside the classes that define it."""
-    source = "".join(inspect.getsource(module) for module in modules)
+    source = "".join(getsource(module) for module in modules)
     kinds = {kind for command in commands for group in groups(command).values() for kind in group.__mro__[:-1]}
     for kind in kinds:
-        source = source.replace(inspect.getsource(kind), "")
+        source = source.replace(getsource(kind), "")
     names = "args|data|model|target|recipe|run|choice|probe|head_args|labels|encoder"
     for command in commands:
         for group in groups(command).values():
@@ -32,7 +35,7 @@ def assert_documented(command, help_text):
         assert f"{name} options" in help_text
         documented = set()
         for kind in group.__mro__[:-1]:
-            (body,) = (node.body for node in ast.parse(inspect.getsource(kind)).body)
+            (body,) = (node.body for node in ast.parse(getsource(kind)).body)
             pairs = pairwise(body)
             documented |= {a.target.id for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
         for field in dataclasses.fields(group):

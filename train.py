@@ -1274,9 +1274,12 @@ class Stream:
 
 
 def ignore_signals(worker):
-    """Loading processes leave signals to the process that they load for, until it ends them."""
+    """Loading processes leave signals to the process that they load for, until it ends them; and say nothing if that
+    one stops in the middle of taking a batch from them."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    told = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, ConnectionError) else told(kind, *rest)
 
 
 class PassRows(torch.utils.data.Dataset):

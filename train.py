@@ -10,6 +10,7 @@ No generator state has to survive a restart.
 Read in this order: arguments and recipes, images, data streams, teachers, schedules, checkpoints, the loop.
 """
 
+import atexit
 import copy
 import dataclasses
 import hashlib
@@ -2456,9 +2457,14 @@ def command_line(work):
 
 def stop_workers():
     """End the loading processes, of which one may be waiting for a server."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for an accident
-    for child in multiprocessing.active_children():
+    children = [child for child in multiprocessing.active_children() if child.daemon]
+    if children:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would take it for an accident
+    for child in children:
         child.kill()
+
+
+atexit.register(stop_workers)  # Python ends daemons with SIGTERM, which these ignore, and would wait for ever
 
 
 def main():

@@ -1,12 +1,16 @@
 """Which images a rank sees, in which order, and what becomes of each file."""
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 import torch
 from images import Numbers, png, write_folder, write_parquet, write_tars
+from launch import ROOT
 
 from train import DataArgs, Stream, UserError, open_source
 
@@ -202,3 +206,24 @@ def test_data_set_mistakes_are_named(data_sets, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train-00000.parquet").write_bytes(b"PAR1 this is not Parquet")
     assert "cannot be read" in error_of(dataset=str(tmp_path / "broken"), streaming=True)
+
+
+PROGRAM = """
+import sys
+from images import Numbers
+from train import DataArgs, Stream, open_source
+args = DataArgs(dataset=sys.argv[1], streaming=True, workers=2, batch_size=4)
+stream = Stream(open_source(args), Numbers(), args, 3)
+print(next(stream)["ids"].shape)
+raise ValueError("of its own")
+"""
+
+
+@pytest.mark.parametrize("form", ["tar", "folder"])
+def test_a_program_that_ends_with_an_open_stream_ends(data_sets, form):
+    """Loading processes ignore the SIGTERM by which Python ends them, so somebody else has to."""
+    path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    run = subprocess.run([sys.executable, "-c", PROGRAM, str(data_sets[form])], capture_output=True, text=True,
+                         timeout=60, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
+    assert "torch.Size([4, 2])" in run.stdout
+    assert run.returncode == 1 and run.stderr.splitlines()[-1] == "ValueError: of its own"

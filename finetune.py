@@ -60,6 +60,7 @@ from train import (  # first: it sets the environment for torch
     report_resume,
     require,
     require_not_negative,
+    require_positive,
     require_views,
     resolve_run,
     skip_if,
@@ -236,8 +237,7 @@ def resolve(args, origin, world=1):
     require(recipe.crop_ratio > 0 and recipe.layer_decay > 0, "--crop-ratio and --layer-decay must be positive")
     require_not_negative(recipe, "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix")
     require_views(recipe)
-    require(recipe.lr > 0, f"--lr is {recipe.lr}: it must be positive")
-    require(recipe.eval_every > 0, f"--eval-every is {recipe.eval_every}: it must be positive")
+    require_positive(recipe, "lr", "eval_every")
     require(0 <= recipe.randaugment <= 30, f"--randaugment is {recipe.randaugment}: it must lie between 0 and 30")
     require(0 <= model.drop_path < 1, f"--drop-path is {model.drop_path}: it must lie in [0, 1)")
     mixes = recipe.mixup > 0 or recipe.cutmix > 0

@@ -65,6 +65,7 @@ from train import (  # first: it sets the environment for torch
     report_resume,
     require,
     require_not_negative,
+    require_positive,
     require_views,
     resolve_images,
     resolve_run,
@@ -284,7 +285,7 @@ def resolve(args, encoder, world=1):
     require_views(probe)
     require(all(lr > 0 for lr in probe.lr), f"--lr is {probe.lr}: they must be positive")
     require(0 <= probe.momentum < 1, f"--momentum is {probe.momentum}: it must lie in [0, 1)")
-    require(probe.eval_every > 0, f"--eval-every is {probe.eval_every}: it must be positive")
+    require_positive(probe, "eval_every")
     require_not_negative(probe, "warmup_epochs", "weight_decay", "trust_coefficient")
     if isinstance(args, Linear):
         require(probe.pool, "--pool is empty: class, mean, both")

@@ -326,6 +326,12 @@ def require(condition, message):
         raise UserError(message)
 
 
+def require_positive(group, *names):
+    for name in names:
+        value = getattr(group, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
+
+
 def require_not_negative(group, *names):
     for name in names:
         value = getattr(group, name) or 0
@@ -369,9 +375,8 @@ def resolve(args, world=1):
     default(run, "run_dir", f"runs/{model.method}-{model.size}{'-demo' if demo else ''}")
     resolve_run(data, run, world, batch=256, effective=64 if small else 2048, epochs=10.0 if small else 300.0)
     require(0 < target.mask_ratio < 1, f"--mask-ratio is {target.mask_ratio}: it must lie between 0 and 1")
-    require(target.min_block > 0, f"--min-block is {target.min_block}: it must be positive")
-    require(recipe.lr > 0, f"--lr is {recipe.lr}: it must be positive")
-    require(recipe.adam_eps > 0, f"--adam-eps is {recipe.adam_eps}: it must be positive")
+    require_positive(target, "min_block")
+    require_positive(recipe, "lr", "adam_eps")
     require_not_negative(recipe, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad")
     for name in ("beta1", "beta2"):
         require(0 <= getattr(recipe, name) < 1, f"--{name} is {getattr(recipe, name)}: it must lie in [0, 1)")
@@ -408,18 +413,14 @@ def resolve_run(data, run, world, batch, effective, epochs):
     nearest = together * max(1, round(data.effective_batch_size / together))
     if not given:  # the recipe's, as near as this number of processes comes to it
         data.effective_batch_size = nearest
-    for name, group in (("effective_batch_size", data), ("shuffle_window", data), ("interleave", data),
-                        ("log_every", run), ("checkpoint_every", run), ("keep", run), ("max_bad_steps", run),
-                        ("timeout", run)):
-        require(getattr(group, name) > 0, f"--{name.replace('_', '-')} is {getattr(group, name)}: it must be positive")
-    require(run.milestone_every >= 0, f"--milestone-every is {run.milestone_every}: it must not be negative")
+    require_positive(data, "effective_batch_size", "shuffle_window", "interleave")
+    require_positive(run, "log_every", "checkpoint_every", "keep", "max_bad_steps", "timeout", "steps", "epochs")
+    require_not_negative(run, "milestone_every")
     require(
         data.effective_batch_size % together == 0,
         f"--effective-batch-size {data.effective_batch_size} is not a multiple of --batch-size {data.batch_size} times "
         f"{data.parts} {'processes' if data.parts == world else 'parts'}: try {nearest}",
     )
-    length = run.steps if run.epochs is None else run.epochs
-    require(length > 0, f"--{'steps' if run.epochs is None else 'epochs'} is {length}: it must be positive")
     require(
         run.tracker == "none" or find_spec(run.tracker) is not None,
         f"--tracker {run.tracker} is not installed: pip install {run.tracker}",
@@ -429,9 +430,8 @@ def resolve_run(data, run, world, batch, effective, epochs):
 def resolve_images(data):
     """What every script asks of its ImagesArgs. Raises UserError."""
     default(data, "workers", min(8, cores_per_process()))
-    require(data.workers >= 0, f"--workers is {data.workers}: it must not be negative")
-    require(data.patience > 0, f"--patience is {data.patience}: it must be positive")
-    require(data.batch_size is None or data.batch_size > 0, f"--batch-size is {data.batch_size}: it must be positive")
+    require_not_negative(data, "workers")
+    require_positive(data, "patience", "batch_size")
 
 
 def model_config(args, **overrides):
@@ -607,8 +607,16 @@ class CenterCrop:
 # ----------------------------------------------------------------------------------------------------------------
 # The network: what may pass is tried again, by those who know where to go on (Shards, single files, opening).
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts; each pause is twice the one before
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts
 TAR_BLOCK = 16 << 20
+
+
+def growing_pauses(minutes=math.inf):
+    """Seconds to wait between attempts, each twice the one before: 1, 2, 4, ... 60, 60, for so many minutes."""
+    pause, total = FIRST_PAUSE, 0.0
+    while total < 60 * minutes:
+        yield pause
+        pause, total = min(2 * pause, LONGEST_PAUSE), total + pause
 
 
 class NetworkError(ConnectionError):
@@ -693,14 +701,14 @@ class Outage:
             raise error
         now, first = time.monotonic(), self.since is None
         if first:
-            self.since, self.pause = now, FIRST_PAUSE
+            self.since, self.pauses = now, growing_pauses()
         left = self.since + 60 * self.minutes - now
         if left <= 0:
             raise ServerGoneError(
                 f"the server of data set {self.name} has been away for {self.minutes:g} minutes (--patience): {error}; "
                 "give the same command again when it is back"
             ) from error
-        pause = min(max(self.pause, error.after), left)
+        pause = min(max(next(self.pauses), error.after), left)
         if first:
             print(f"waiting for the server of data set {self.name}, {pause:.0f} s at first: {error}",
                   file=sys.stderr, flush=True)  # fmt: skip
@@ -708,7 +716,6 @@ class Outage:
         trainer = multiprocessing.parent_process()
         if trainer is not None and not trainer.is_alive():
             os._exit(1)  # nobody waits for this loading process any more
-        self.pause = min(2 * self.pause, LONGEST_PAUSE)
 
     def over(self):
         """Data have come."""
@@ -2023,7 +2030,6 @@ class Log:
         for name in values.get("skipped_files", []):
             tqdm.write(f"skipped {name}", file=sys.stderr)
 
-
     def sync(self):
         """See that a line is there whenever the checkpoint of its step is."""
         if self.main and self.path.exists() and not self.pending:
@@ -2325,14 +2331,6 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
             raise RunError(f"{run_dir / 'model'} could not be written: {first_line(error)}") from error
         if not checkpoints(run_dir) and not save(start, [stream.state_dict() for stream in streams]):
             raise RunError(f"the checkpoint could not be written: make room in {run_dir}, and start again")
-
-
-def growing_pauses(minutes):
-    """1, 2, 4, ... 60, 60 seconds, for so many minutes."""
-    pause, total = 1.0, 0.0
-    while total < 60 * minutes:
-        yield pause
-        pause, total = min(2 * pause, 60.0), total + pause
 
 
 def finite(loss):

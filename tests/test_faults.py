@@ -31,7 +31,10 @@ FLAGS = ["--dataset", "demo", "--steps", "8", "--checkpoint-every", "3", "--log-
 
 def run(run_dir, *flags):
     """train.py in this process."""
-    train.train(train.parse([*FLAGS, "--run-dir", str(run_dir), *map(str, flags)]))
+    try:
+        train.train(train.parse([*FLAGS, "--run-dir", str(run_dir), *map(str, flags)]))
+    finally:
+        train.stop_workers()  # as the script does
 
 
 def steps_of(run_dir):
@@ -340,7 +343,7 @@ def test_a_reader_always_finds_a_whole_model(tmp_path):
 def test_a_full_disk_does_not_end_the_run(tmp_path):
     """No file may grow beyond a limit for a while: checkpoints fail, training goes on, and they are made up for."""
     flags = [*FLAGS[2:], "--steps", "60", "--log-every", "2", "--drop-path", "0"]
-    succeeded(launch("train.py", "--dataset", "demo", "--run-dir", tmp_path / "reference", *flags))
+    run(tmp_path / "reference", *flags)
     process = start(tmp_path / "run", *flags, processes=1)
     assert wait_for(process, lambda: steps_of(tmp_path / "run")), process.communicate()[0]
     limits = psutil.Process(process.pid).rlimit

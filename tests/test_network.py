@@ -170,8 +170,10 @@ def test_a_server_that_stays_away(repositories, on_hub, expected, form, workers)
     assert "the server of data set some/pictures has been away for 0.01 minutes (--patience)" in message
     assert "Connection refused" in message and "\n" not in message
     assert len(found[0]) < BATCHES
+    state = stream.state_dict()
+    stream.loaders.clear()  # kept by the error, their workers would be waited for in the middle of a later test
     with on_hub(repositories / form, port=int(environment["HF_ENDPOINT"].rsplit(":", 1)[1])):
-        again = open_stream(workers, stream.state_dict())
+        again = open_stream(workers, state)
         rest = read(again, BATCHES - len(found[0]))
         again.loaders.clear()
     assert (found[0] + rest[0], found[1] + rest[1]) == expected[form, workers]
@@ -185,6 +187,7 @@ class Bytes(Numbers):
 
 
 def test_a_place_in_a_large_parquet_file_costs_its_tail_only(tmp_path, on_hub, monkeypatch):
+    monkeypatch.setattr(train.HubFile, "DEFAULT_BLOCK_SIZE", 8000)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 10)  # nobody tries again here
     write_parquet(tmp_path / "data", [400], group=10, encode=noise_png)
     file = next((tmp_path / "data").iterdir())

@@ -21,7 +21,7 @@ def assert_used(commands, modules, elsewhere=()):
     kinds = {kind for command in commands for group in groups(command).values() for kind in group.__mro__[:-1]}
     for kind in kinds:
         source = source.replace(getsource(kind), "")
-    names = "args|data|model|target|recipe|run|choice|probe|head_args|labels|encoder"
+    names = "args|asked|data|model|target|recipe|run|choice|probe|head_args|labels|encoder"
     for command in commands:
         for group in groups(command).values():
             for field in dataclasses.fields(group):

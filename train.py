@@ -178,7 +178,7 @@ class DeviceArgs:
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     """Autocast. auto: bf16 on a GPU that has it, otherwise fp32."""
     compile: bool = False
-    """Compile the model, or the frozen encoder, with torch.compile."""
+    """Compile model and teacher, or the frozen encoder, with torch.compile."""
     timeout: float = 10.0
     """Minutes that a process waits for another one, beyond --patience, before the run ends."""
 
@@ -1389,6 +1389,10 @@ class CLIPTeacher(nn.Module):
         x = tower(x, interpolate_pos_encoding=foreign).last_hidden_state                 # (B, 1 + N, width)
         return self.model.visual_projection(tower.post_layernorm(x))                     # (B, 1 + N, C)
 
+    def compile(self):
+        """With torch.compile; resizing stays as it is."""
+        self.model.vision_model.compile(fullgraph=True)
+
 
 class DALLETeacher(nn.Module):
     """DALL-E's code of every patch (CAE), from transformers' FlavaImageCodebook: int64 (B, N).
@@ -1410,6 +1414,10 @@ class DALLETeacher(nn.Module):
         x = 0.8 * resize(pixels, (8 * rows, 8 * columns)) + 0.1                          # DALL-E's own squeezing
         return self.model.get_codebook_indices(x.to(self.model.dtype)).flatten(1)        # (B, N)
 
+    def compile(self):
+        """As CLIPTeacher's."""
+        self.model.blocks.compile(fullgraph=True)
+
 
 class PixelTeacher(nn.Module):
     """The patches themselves, as the student sees them: (B, N, 3 P^2), ordered (row, column, channel) as in MAE."""
@@ -1425,6 +1433,9 @@ class PixelTeacher(nn.Module):
             mean, var = patches.mean(dim=-1, keepdim=True), patches.var(dim=-1, keepdim=True)
             patches = (patches - mean) / (var + 1e-6).sqrt()
         return patches                                                                   # (B, N, 3 P^2)
+
+    def compile(self):
+        """Nothing: no network."""
 
 
 def load_pretrained(name, model_class, kinds, description, flag="--teacher"):
@@ -2376,6 +2387,7 @@ def train(args):
     optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.0, betas=betas, eps=args.recipe.adam_eps, fused=True)
     if args.run.compile:
         model.compile(fullgraph=True)
+        teacher.compile()
     if accelerator.is_main_process:
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         epochs = round(total / steps_per_pass, 1) if steps_per_pass else "?"

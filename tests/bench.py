@@ -608,8 +608,11 @@ class Bench:
             self.peaks[dtype] = peak_rate(self.device, dtype)
         return self.peaks[dtype]
 
-    def teacher_as(self, dtype):
-        return self.teacher if dtype == self.teacher_dtype else copy.deepcopy(self.teacher).to(dtype)
+    def our_teacher(self, dtype):
+        teacher = copy.deepcopy(self.teacher).to(dtype)
+        if self.compile:
+            teacher.compile()
+        return teacher
 
     @contextmanager
     def autocast(self, dtype):
@@ -697,7 +700,7 @@ def teacher(bench, dtype=None):
 
         return forward
 
-    return measure(bench, lambda: forward_of(bench.teacher_as(dtype)), lambda: forward_of(bench.plain_teacher),
+    return measure(bench, lambda: forward_of(bench.our_teacher(dtype)), lambda: forward_of(bench.plain_teacher),
                    bench.batch, dtype=dtype)  # fmt: skip
 
 
@@ -818,7 +821,7 @@ def our_step(bench, dtype, config=None, target=None):
     """A training step in the manner of `learn` in train.py, without accumulation. With a target no teacher runs."""
     model = bench.compiled(bench.model(config))
     model, adamw = train.prepare(bench.accelerator, model, fused_adamw(model))
-    update, sums, teacher = update_of(bench, model, adamw), {}, bench.teacher_as(dtype)
+    update, sums, teacher = update_of(bench, model, adamw), {}, bench.our_teacher(dtype)
 
     def step():
         pixels, visible, masked = (train.to_device(tensor, bench.device) for tensor in bench.host_batch)

@@ -26,6 +26,20 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def graphs(monkeypatch):
+    """What --compile traces is run without a C++ compiler; a list of the modules that were compiled."""
+    compiled, compile = [], torch.nn.Module.compile
+
+    def traced(module, **options):
+        compiled.append(type(module).__name__)
+        compile(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", traced)
+    yield compiled
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_core():
     """Training in this process leaves the other core to other tests."""

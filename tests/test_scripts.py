@@ -120,6 +120,18 @@ def test_every_method_trains(tmp_path, flags):
         assert list(tmp_path.rglob("events.out.tfevents*"))
 
 
+@pytest.mark.parametrize("method", ["cae-v2", "cae"])
+def test_a_compiled_run_takes_the_same_steps(tmp_path, graphs, method):
+    flags = ["--method", method, "--drop-path", "0", "--workers", "0", "--batch-size", "8", "--steps", "4"]
+    run_here(tmp_path / "eager", *flags)
+    assert not graphs
+    run_here(tmp_path / "compiled", *flags, "--compile")
+    assert graphs[0] == "CAE" and len(graphs) == (2 if method == "cae-v2" else 1)
+    for a, b in zip(log_of(tmp_path / "eager"), log_of(tmp_path / "compiled"), strict=True):
+        assert a["seen"] == b["seen"]
+        assert all(abs(a[name] - b[name]) < 1e-5 for name in a if name.startswith(("loss", "grad")))
+
+
 def test_the_demo_learns(tmp_path):
     """The README's first command, cut short: its loss clearly falls."""
     succeeded(launch("train.py", "--dataset", "demo", "--steps", "60", "--run-dir", tmp_path))

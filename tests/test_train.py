@@ -182,6 +182,22 @@ def test_dalle_teacher(tmp_path):
     assert 8 < codes.flatten().bincount().max() < 32, "the codes differ, so that their order was compared too"
 
 
+@pytest.mark.parametrize("size", [32, 96])
+def test_a_compiled_teacher_gives_the_same_targets(tmp_path, graphs, size):
+    """At its own size, and with positions interpolated."""
+    FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=50)).save_pretrained(tmp_path)
+    for teacher in (CLIPTeacher(str(GOLDEN / "clip_tiny"), 16).eval(), DALLETeacher(str(tmp_path), 16).eval()):
+        for batch in (2, 3):
+            view = torch.rand(batch, 3, size, size)
+            with torch.no_grad():
+                expected = teacher(view)
+                teacher.compile()
+                torch.testing.assert_close(teacher(view), expected, rtol=0, atol=1e-5)
+    assert len(graphs) == 4
+    PixelTeacher(4).compile()
+    assert len(graphs) == 4
+
+
 def test_pixel_teacher_orders_as_mae():
     view = torch.rand(1, 3, 12, 8)
     got = PixelTeacher(4)(view)

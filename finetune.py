@@ -63,7 +63,8 @@ from train import (  # first: it sets the environment for torch
     require_positive,
     require_views,
     resolve_run,
-    skip_if,
+    start_tracker,
+    take_step,
     to_device,
     write_aside,
     write_config,
@@ -523,8 +524,7 @@ def classify(args):
     streams = [Stream(train_source, view, data, run.seed, part, data.parts, place, trainer["first_pass"])
                for part, place in zip(range(rank, data.parts, world), places, strict=True)]  # fmt: skip
     mix = mixing(recipe, len(classes))
-    if run.tracker != "none":
-        accelerator.init_trackers("cae-finetune", config={k: str(v) for k, v in flat(args).items()})
+    start_tracker(accelerator, "cae-finetune", args)
     model.train()
     peak = recipe.lr * effective / 1024
 
@@ -544,11 +544,7 @@ def classify(args):
                 loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
                 accelerator.backward(loss * finite(loss) / accumulation)
             mean = mean + loss.detach() / accumulation
-        norm = accelerator.clip_grad_norm_(model.parameters(), recipe.clip_grad or math.inf)
-        bad = ~torch.isfinite(norm)
-        skip_if(bad, accelerator, optimizer)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm, bad = take_step(accelerator, model, optimizer, recipe.clip_grad)
         if average:
             with torch.no_grad():  # update_parameters would ask the device for its count, and wait
                 average.multi_avg_fn(list(average.module.parameters()), list(bare.parameters()), None)

@@ -69,6 +69,7 @@ from train import (  # first: it sets the environment for torch
     require_views,
     resolve_images,
     resolve_run,
+    start_tracker,
     to_device,
     write_aside,
     write_config,
@@ -806,8 +807,7 @@ def train_heads(probe, train_source, val_source, resume, config):
             return probe.batches(val_source, lambda tokens: probe.look(probe.keep(tokens)), "val")
         return zip(*(x.split(data.batch_size) for x in val), strict=True) if len(val[1]) else []
 
-    if run.tracker != "none":
-        accelerator.init_trackers("cae-probe", config={k: str(v) for k, v in flat(args).items()})
+    start_tracker(accelerator, "cae-probe", args)
     heads.train()
 
     def learn(step, batches):

@@ -7,7 +7,8 @@ Everything random about an image (its place in the pass, crop, flip, colours, ma
 pass and the image's place in the data; everything random in a step (stochastic depth) one of the seed and the step.
 No generator state has to survive a restart.
 
-Read in this order: arguments and recipes, images, data streams, teachers, schedules, checkpoints, the loop.
+Read in this order: arguments and recipes, images, the network, data sets, data streams, teachers, schedules,
+evaluation, the run folder, the loop.
 """
 
 import atexit
@@ -48,7 +49,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import tyro
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from accelerate.utils import load as load_pickle
 from fsspec.spec import AbstractBufferedFile
 from huggingface_hub import HfFileSystem, get_session, hf_hub_download
@@ -180,7 +181,8 @@ class DeviceArgs:
     compile: bool = False
     """Compile model and teacher, or the frozen encoder, with torch.compile."""
     timeout: float = 10.0
-    """Minutes that a process waits for another one, beyond --patience, before the run ends."""
+    """Minutes that a process waits for another one, beyond --patience, before the run ends; also while the first one
+    downloads data that are not streamed."""
 
 
 @dataclass
@@ -192,7 +194,7 @@ class RunArgs(DeviceArgs):
     steps: AutoInt = None
     """Optimizer steps, instead of epochs."""
     log_every: int = 20
-    """Steps between log lines. Only there does the host wait for the device."""
+    """Steps between log lines. Only there, in evaluations and in checkpoints does the host wait for the device."""
     checkpoint_every: int = 1000
     """Steps between checkpoints; the last step always writes one."""
     keep: int = 3
@@ -200,7 +202,7 @@ class RunArgs(DeviceArgs):
     milestone_every: int = 0
     """Steps between checkpoints that are kept for good; 0: none."""
     resume: str = "auto"
-    """auto: continue the run folder; never: refuse one that holds a run; PATH: start from this checkpoint or run."""
+    """auto: continue the run folder; never: refuse one with checkpoints; PATH: start from this checkpoint or run."""
     resume_changed: bool = False
     """Continue with other values than the run began with; they are listed in config.json."""
     max_bad_steps: int = 10
@@ -1040,10 +1042,14 @@ class RowChunks(torch.utils.data.Dataset):
         self.source, self.prepare, self.size, self.seed = source, prepare, size, seed
         self.rank, self.world, self.first_pass = rank, world, first_pass
         self.part = len(range(rank, source.num_images, world))
-        self.order = lru_cache(2)(self.order)
+        self.orders = {}
 
     def order(self, epoch):
-        return permutation(self.source.num_images, self.seed, epoch)[self.rank :: self.world]
+        if epoch not in self.orders:  # two are kept: a chunk may lie in two passes
+            kept = {e: order for e, order in self.orders.items() if e == epoch - 1}
+            order = permutation(self.source.num_images, self.seed, epoch)[self.rank :: self.world]
+            self.orders = {**kept, epoch: order}
+        return self.orders[epoch]
 
     def __getitem__(self, j):
         places = [divmod(i, self.part) for i in range(j * self.size, (j + 1) * self.size)]
@@ -1173,6 +1179,7 @@ class Stream:
         was = state["layout"] if state else {}
         first_pass = was.get("first_pass", first_pass)
         self.layout = {"streaming": source.streaming, "parts": world, "batch_size": self.size, "first_pass": first_pass}
+        self.layout |= {"shards": source.data.num_shards} if source.streaming else {"images": source.num_images}
         self.in_process = not data.workers
         if source.streaming:
             # A worker without a shard would idle, so there are never more workers than the poorest rank has shards.
@@ -1195,7 +1202,10 @@ class Stream:
                           "skipped": 0, "pass": first_pass, "seen": 0}  # fmt: skip
         if state["layout"] != self.layout:
             changes = [f"{k} {was.get(k)} -> {v}" for k, v in self.layout.items() if was.get(k) != v]
-            raise UserError(f"the checkpoint divides the data otherwise ({', '.join(changes)}): keep the old values")
+            raise UserError(
+                f"the checkpoint divides the data otherwise ({', '.join(changes)}): keep the old values and --workers; "
+                "if the data are others now, another --seed with --resume-changed begins them anew"
+            )
         self.place = {k: state[k] for k in ("places", "ended", "turn", "read", "skipped")}
         self.epoch, self.seen = state["pass"], state["seen"]  # of the last image; a fingerprint of all so far, in order
         options = dict(batch_size=None, prefetch_factor=2 if data.workers else None, worker_init_fn=ignore_signals)
@@ -1676,12 +1686,15 @@ def watch(chunks, total, what, shown):
 
 
 def write_aside(path, text):
-    """Replace a file: written under a temporary name, synced, renamed."""
+    """Replace a file: written under a temporary name, synced, renamed. Raises RunError."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    fsync(temporary)
-    temporary.rename(path)
-    fsync(path.parent)
+    try:
+        temporary.write_text(text)
+        fsync(temporary)
+        temporary.rename(path)
+        fsync(path.parent)
+    except OSError as error:
+        raise RunError(f"{path} could not be written: {first_line(error)}; make room, and start again") from error
 
 
 def publish(temporary, folder):
@@ -1775,12 +1788,15 @@ def save_checkpoint(accelerator, run_dir, step, places, run, write_model=None, *
             files = sorted(file for file in temporary.rglob("*") if file.is_file())  # FSDP may write folders
             lines = [f"{sha256(file)}  {file.relative_to(temporary)}\n" for file in files]
             (temporary / SUMS).write_text("".join(lines))
-            publish(temporary, folder)
+            if folder.exists():  # whole since an earlier attempt, of which only what follows failed
+                shutil.rmtree(temporary)
+            else:
+                publish(temporary, folder)
             every = run.milestone_every
             for old in checkpoints(run_dir)[: -run.keep]:
                 if not every or int(old.name.removeprefix("step_")) % every:
                     gone = old.rename(old.with_name(old.name + ".tmp"))  # a kill leaves no half of a checkpoint
-                    shutil.rmtree(gone)
+                    shutil.rmtree(gone, ignore_errors=True)  # what a reader holds open goes with the next start
             if write_model:  # last: old checkpoints make room for it on a full disk
                 publish_files(run_dir / "model", lambda folder: write_model(folder, step))
 
@@ -1899,7 +1915,7 @@ def make_run_dir(folder):
 def tidy(run_dir):
     """Take away what an earlier process left behind in the middle of a write."""
     for left in [*Path(run_dir).glob("*.tmp"), *Path(run_dir, "checkpoints").glob("step_*.tmp")]:
-        shutil.rmtree(left) if left.is_dir() else left.unlink()
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink()
 
 
 def sound_checkpoint(accelerator, candidates, run_dir):
@@ -2065,7 +2081,8 @@ def to_device(tensor, device):
 
 def make_accelerator(run, data, tracker="none"):
     """DeviceArgs, ImagesArgs -> Accelerator and the name of its autocast ("no", "bf16", "fp16")."""
-    has_bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
     precision = {"auto": "bf16" if has_bf16 else "no", "fp32": "no"}.get(run.precision, run.precision)
     accelerator = Accelerator(
         mixed_precision=precision,
@@ -2105,6 +2122,17 @@ def all_or_none(accelerator):
             yield
         except UserError as error:
             mistake = error
+    raise_together(mistake)
+
+
+def start_tracker(accelerator, project, args):
+    """The tracker of --tracker, on the main process. Raises UserError, on all ranks."""
+    mistake, name = None, args.run.tracker
+    try:
+        if name != "none":
+            accelerator.init_trackers(project, config={k: str(v) for k, v in flat(args).items()})
+    except Exception as error:  # each tracker has its own
+        mistake = UserError(f"--tracker {name} cannot be started: {first_line(error)}; log in, or use another")
     raise_together(mistake)
 
 
@@ -2189,7 +2217,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
     # skipped steps: the row that is not over yet, the longest row since the last look, all
     bad = torch.tensor([0, 0, trainer.get("bad_steps", 0)], device=device)
     sums, numbers, good, steps, waited, since = {}, {}, 0, 0, 0.0, time.perf_counter()
-    saved, due = start, False
+    saved, due, open_row = start, False, 0
 
     def micro_batches(step):
         """This process's batches of one step, each when all processes have theirs."""
@@ -2213,9 +2241,9 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
             yield batch
 
     def report(step, places, evaluates, shown):
-        """One line of the log; the number of skipped steps that it ends with. Here alone the host waits for the device.
-        """
-        nonlocal sums, numbers, good, steps, waited, since
+        """One line of the log; the number of skipped steps that it ends with. Here and in save the host waits for the
+        device."""
+        nonlocal sums, numbers, good, steps, waited, since, open_row
         counts = [sum(stream.skipped for stream in streams), sum(len(stream.skipped_names) for stream in streams)]
         means = torch.cat([(value / good).flatten() for value in sums.values()])
         means = torch.cat([means / world, torch.tensor(counts, dtype=means.dtype, device=device)])
@@ -2258,7 +2286,8 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
                 raise
         log.write(line, shown)
         sums, numbers, good, steps, waited, since = {}, {}, 0, 0, 0.0, time.perf_counter()
-        return 0 if scaled else row  # fp16's scaler skips steps in health
+        open_row = 0 if scaled else row  # fp16's scaler skips steps in health
+        return open_row
 
     def save(step, places, **more):
         """Write a checkpoint; False if that was not possible, which is reported."""
@@ -2275,7 +2304,7 @@ def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state
 
     def leave(step, places, trouble):
         """Out of the loop before `step`, with a checkpoint."""
-        row = report(step, places, evaluates=False, shown=True) if steps else 0
+        row = report(step, places, evaluates=False, shown=True) if steps else open_row
         if saved != step and not row:
             save(step, places)
         log.close()
@@ -2356,6 +2385,18 @@ def skip_if(bad, accelerator, optimizer):
         optimizer.optimizer.found_inf = bad.float()  # what the scaler sets, too: fused AdamW looks at it
 
 
+def take_step(accelerator, model, optimizer, clip):
+    """Clip the gradient and step, but for a gradient that is not finite: its norm, and whether the step was skipped,
+    both on the device."""
+    norm = accelerator.clip_grad_norm_(model.parameters(), clip or math.inf)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP
+    bad = ~torch.isfinite(norm)
+    skip_if(bad, accelerator, optimizer)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm, bad
+
+
 def whole_weights(model):
     """The state_dict of a model that DDP, FSDP or compilation wraps, under its own names and whole, in memory of the
     host: on the main process at least. Called on all ranks."""
@@ -2404,8 +2445,7 @@ def train(args):
     view = Crops(args, config)
     streams = [Stream(source, view, data, args.run.seed, part, data.parts, place, trainer["first_pass"])
                for part, place in zip(range(rank, data.parts, world), places, strict=True)]  # fmt: skip
-    if args.run.tracker != "none":
-        accelerator.init_trackers("cae", config={k: str(v) for k, v in flat(args).items()})
+    start_tracker(accelerator, "cae", args)
 
     def learn(step, batches):
         """One optimizer step."""
@@ -2425,12 +2465,7 @@ def train(args):
                 accelerator.backward(losses["loss"] * finite(losses["loss"]) / accumulation)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0.0) + value.detach() / accumulation
-        norm = accelerator.clip_grad_norm_(model.parameters(), args.recipe.clip_grad or math.inf)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # of FSDP
-        bad = ~torch.isfinite(norm)
-        skip_if(bad, accelerator, optimizer)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        norm, bad = take_step(accelerator, model, optimizer, args.recipe.clip_grad)
         return {**sums, "grad_norm": norm, "bad": bad, "lr": lr, "weight_decay": decay}
 
     weights = {}
@@ -2455,7 +2490,7 @@ def command_line(work):
     try:
         work()
     except (UserError, RunError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, (BadFilesError, ServerGoneError, PeerError)):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (BadFilesError, ServerGoneError, PeerError)):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, PeerError):
             stop_workers()

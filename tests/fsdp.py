@@ -69,6 +69,7 @@ def main():
                 assert torch.allclose(value, whole.state_dict()[name], atol=1e-4), name
         if rank == 0:
             print(f"{method}: sharded over {world} processes, each holds {held:.0%}: the losses of the whole model")
+    dist.barrier()
     dist.destroy_process_group()
 
 

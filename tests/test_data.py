@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ import torch
 from images import Numbers, png, write_folder, write_parquet, write_tars
 from launch import ROOT
 
-from train import DataArgs, Stream, UserError, open_source
+from train import DataArgs, RowChunks, Stream, UserError, open_source
 
 COUNTS = (23, 7, 31, 12, 19, 5, 11)  # seven shards of 108 images: neither divides by 2, 3 or the batch size
 
@@ -206,6 +207,28 @@ def test_data_set_mistakes_are_named(data_sets, tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "train-00000.parquet").write_bytes(b"PAR1 this is not Parquet")
     assert "cannot be read" in error_of(dataset=str(tmp_path / "broken"), streaming=True)
+
+
+@pytest.mark.parametrize(("form", "what"), [("folder", "images 24 -> 25"), ("parquet", "shards 3 -> 4")])
+def test_data_that_changed_since_the_checkpoint_are_refused(tmp_path, form, what):
+    if form == "folder":
+        write_folder(tmp_path / "a", 24), write_folder(tmp_path / "b", 25)
+    else:
+        write_parquet(tmp_path / "a", (8, 8, 8), group=10), write_parquet(tmp_path / "b", (8, 8, 8, 1), group=10)
+    stream, _ = open_stream(tmp_path / "a", True)
+    next(stream)
+    with pytest.raises(UserError, match=f"divides the data otherwise \\({what}\\)"):
+        open_stream(tmp_path / "b", True, state=stream.state_dict())
+
+
+def test_what_loads_rows_can_be_sent_to_a_new_process(data_sets):
+    """As where processes are not forked: macOS, Python 3.14."""
+    source = open_source(DataArgs(dataset=str(data_sets["folder"]), workers=0, batch_size=5))
+    rows = RowChunks(source, Numbers(), 5, 3, 0, 1, 0)
+    again = pickle.loads(pickle.dumps(rows))
+    for j in (0, 21, 22):  # the 22nd chunk lies in two passes of 108 images
+        assert torch.equal(rows[j]["ids"], again[j]["ids"])
+    assert {epoch for epoch, _ in rows[21]["ids"].tolist()} == {0, 1} and set(rows.orders) == {0, 1}
 
 
 PROGRAM = """

@@ -362,6 +362,22 @@ def test_a_full_disk_does_not_end_the_run(tmp_path):
     assert_same(tmp_path / "run", tmp_path / "reference")
 
 
+def test_a_model_that_could_not_be_written_is_made_up_for(tmp_path, monkeypatch, reference, capfd):
+    failures = [OSError(errno.ENOSPC, "No space left on device")] * 2
+
+    def fails(*args):
+        if failures:
+            raise failures.pop()
+        publish_files(*args)
+
+    monkeypatch.setattr(train, "publish_files", fails)
+    monkeypatch.setattr(train, "FIRST_PAUSE", 0.01)
+    run(tmp_path / "run", "--checkpoint-every", "8")
+    assert capfd.readouterr().err.count("could not be written: [Errno 28]") == 2 and not failures
+    assert steps_of(tmp_path / "run") == [8] and not list(tmp_path.rglob("*.tmp"))
+    assert_same(tmp_path / "run", reference)
+
+
 def test_a_line_that_a_full_disk_cut_off_is_written_again(tmp_path, monkeypatch, reference):
     """The log on a disk that takes half a line, then nothing, then all."""
     from pathlib import Path
@@ -497,6 +513,17 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tmp_path, monkeypatch)
         run(tmp_path / "mean", "--log-every", "8", "--checkpoint-every", "8")
     good = [line["loss"] for line in lines if line["loss"] is not None]
     assert log_of(tmp_path / "mean")[0]["loss"] == pytest.approx(sum(good) / 6, rel=1e-6)
+
+
+def test_a_stop_in_a_row_of_bad_steps_writes_no_checkpoint(reference, tmp_path, monkeypatch):
+    """Right after a line of the log too: the weights may be what is not finite."""
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        poison(patch, [3, 4])
+        after_step(patch, 5, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        run(tmp_path / "run")
+    assert last_step(tmp_path / "run") == 5 and steps_of(tmp_path / "run") == [3]
+    run(tmp_path / "run")
+    assert_same(tmp_path / "run", reference)
 
 
 def test_half_precision_with_a_scaler(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """How fast training is, part by part, beside a plain baseline that computes the same.
 
-    python tests/bench.py                             CAE v2-S, batch 8, float32, on the CPU: four minutes on two cores
+    python tests/bench.py                             CAE v2-S, batch 8, float32, on the CPU: three minutes on two cores
     python tests/bench.py --method cae                CAE, also the cost of its alignment and decoder
     python tests/bench.py --device cuda               CAE v2-B, batch 256, bf16
     python tests/bench.py --only masks decode data    these rows alone
@@ -48,6 +48,7 @@ import train  # noqa: E402  (before torch, whose threads it tells how to wait)
 
 # isort: split
 import numpy as np  # noqa: E402
+import psutil  # noqa: E402
 import torch  # noqa: E402
 import torch.nn as nn  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -75,6 +76,7 @@ from train import normalize  # noqa: E402
 DATA_ROWS = ("masks", "decode", "transform", "data", "data-released")
 ROWS = (*DATA_ROWS, "teacher", "encoder", "regressor", "alignment", "optimizer", "step", "teacher-bf16", "step-bf16",
         "train", "cost")  # fmt: skip
+CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ADAMW = dict(lr=1e-4, betas=(0.9, 0.999), eps=1e-8)
 
@@ -428,15 +430,22 @@ class Memory:
         gc.collect()
         if self.cuda:
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
             with suppress(OSError, AttributeError):
                 ctypes.CDLL(None).malloc_trim(0)  # or what earlier rows have freed would be taken for memory in use
-            with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
             self.before = resident("VmRSS")
+        self.restart()
         return self
+
+    def restart(self):
+        """The peak is what follows."""
+        if self.cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")
 
     def __exit__(self, *error):
         self.bytes = (torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")) - self.before
@@ -444,19 +453,19 @@ class Memory:
 
 def seconds_of(work, device, calls=1):
     """Seconds of one call, and processor seconds of all threads in it. On CUDA by device events, with several calls
-    after each other without a wait."""
+    after each other without a wait; the processor's are then what it takes to start them."""
     processor, start = time.process_time(), time.perf_counter()
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
     for _ in range(calls):
         work()
-    seconds = time.perf_counter() - start
+    seconds, processor = time.perf_counter() - start, time.process_time() - processor
     if device.type == "cuda":
         events[1].record()
         events[1].synchronize()
         seconds = events[0].elapsed_time(events[1]) / 1000
-    return seconds / calls, (time.process_time() - processor) / calls
+    return seconds / calls, processor / calls
 
 
 def peak_rate(device, dtype):
@@ -489,21 +498,25 @@ def ratio_of(values):
     return median, (high - low) / median
 
 
-def measure(bench, make_ours, make_plain, images, flops=True, dtype=None):
-    """One row as a dict. make_*() -> the work; each side is made and called alone first, for memory and FLOPs."""
-    device, sides, works = bench.device, {}, {}
+def measure(bench, make_ours, make_plain, images, flops=True, dtype=None, plain_dtype=None, device=None):
+    """One row as a dict. make_*() -> the work; each side is made and called alone first, for FLOPs and memory."""
+    device, sides, works = device or bench.device, {}, {}
+    dtypes = {"ours": dtype or bench.dtype, "plain": plain_dtype or dtype or bench.dtype}
     for side, make in (("ours", make_ours), ("plain", make_plain)):
-        with Memory(device) as memory, FlopCounterMode(display=False) if flops else nullcontext() as counter:
+        with Memory(device) as memory:
             works[side] = make()
-            with torch.compiler.set_stance("force_eager") if flops else nullcontext():  # it counts nothing compiled
+            counter = FlopCounterMode(display=False) if flops else nullcontext()
+            # which counts nothing compiled
+            with counter, torch.compiler.set_stance("force_eager") if flops else nullcontext():
                 works[side]()
+            for _ in range(3 if device.type == "cuda" or bench.compile else 0):
+                works[side]()
+            memory.restart()  # of a call like all others, with the optimizer's moments there
+            works[side]()
         sides[side] = {"memory_mb": max(memory.bytes, 1) / 2**20}
         if flops and counter.get_total_flops():  # a teacher of pixels has none
             sides[side]["gflop_per_image"] = counter.get_total_flops() / images / 1e9
-        if device.type == "cuda" or bench.compile:
-            for _ in range(3):
-                works[side]()
-    calls = 4 if flops and device.type == "cuda" else 1
+    calls = 4 if device.type == "cuda" else 1
     turns, start = [], time.perf_counter()
     while len(turns) < bench.repeats or (time.perf_counter() - start < bench.seconds and len(turns) < 100):
         turns.append({side: seconds_of(work, device, calls) for side, work in works.items()})
@@ -512,9 +525,10 @@ def measure(bench, make_ours, make_plain, images, flops=True, dtype=None):
         found |= {"ms": 1000 * seconds, "images_per_second": images / seconds, "cpu_ms": 1000 * processor}
         if "gflop_per_image" in found:
             found["tflops"] = found["gflop_per_image"] * images / seconds / 1e3
-            found["mfu"] = found["tflops"] * 1e12 / bench.peak(dtype or bench.dtype)
+            found["mfu"] = found["tflops"] * 1e12 / bench.peak(dtypes[side])
     ratio, spread = ratio_of([turn["plain"][0] / turn["ours"][0] for turn in turns])
     cpu_ratio, cpu_spread = ratio_of([turn["plain"][1] / turn["ours"][1] for turn in turns])
+    works.clear()
     bench.accelerator.free_memory()
     return {**sides["ours"], "ratio": ratio, "spread": spread, "cpu_ratio": cpu_ratio, "cpu_spread": cpu_spread,
             "repeats": len(turns), "baseline": sides["plain"]}  # fmt: skip
@@ -649,7 +663,7 @@ def masks(bench, images=64):
         return [torch.from_numpy(plain_mask(*grid, count, smallest)) for _ in range(images)]
 
     assert all(int(mask.sum()) == count for mask in plain())
-    return measure(bench, lambda: ours, lambda: plain, images, flops=False)
+    return measure(bench, lambda: ours, lambda: plain, images, flops=False, device=CPU)
 
 
 def decode(bench):
@@ -659,7 +673,7 @@ def decode(bench):
     def plain():
         return [plain_decode(data) for data in bench.jpegs]
 
-    return measure(bench, lambda: ours, lambda: plain, len(bench.jpegs), flops=False)
+    return measure(bench, lambda: ours, lambda: plain, len(bench.jpegs), flops=False, device=CPU)
 
 
 def transform(bench):
@@ -672,7 +686,7 @@ def transform(bench):
     def plain():
         return [plain_view(picture) for picture in pictures]
 
-    return measure(bench, lambda: ours, lambda: plain, len(tensors), flops=False)
+    return measure(bench, lambda: ours, lambda: plain, len(tensors), flops=False, device=CPU)
 
 
 def data(bench, plain_kind=PlainView):
@@ -687,7 +701,7 @@ def data(bench, plain_kind=PlainView):
         return torch.stack(images), torch.stack(masks)
 
     ours = partial(train.load_chunk, source, view, 0, rows)
-    return measure(bench, lambda: ours, lambda: plain, len(rows), flops=False)
+    return measure(bench, lambda: ours, lambda: plain, len(rows), flops=False, device=CPU)
 
 
 def teacher(bench, dtype=None):
@@ -701,7 +715,7 @@ def teacher(bench, dtype=None):
         return forward
 
     return measure(bench, lambda: forward_of(bench.our_teacher(dtype)), lambda: forward_of(bench.plain_teacher),
-                   bench.batch, dtype=dtype)  # fmt: skip
+                   bench.batch, dtype=dtype, plain_dtype=torch.float32)  # fmt: skip
 
 
 def encoder(bench):
@@ -766,8 +780,12 @@ def alignment(bench):
 
         return work
 
-    return measure(bench, lambda: forward_of(bench.model(), bench.masked),
-                   lambda: forward_of(bench.plain(), bench.mask), bench.batch)  # fmt: skip
+    def ours():
+        model = bench.model()
+        bench.compiled(model.encoder)
+        return forward_of(model, bench.masked)
+
+    return measure(bench, ours, lambda: forward_of(bench.plain(), bench.mask), bench.batch)
 
 
 def optimizer(bench):
@@ -805,14 +823,12 @@ def looped_adamw(model):
 
 
 def update_of(bench, model, adamw):
-    """The end of `learn` in train.py."""
+    """train.take_step, but the gradient stays for the next call."""
 
     def update():
         norm = bench.accelerator.clip_grad_norm_(model.parameters(), bench.args.recipe.clip_grad)
-        bad = ~torch.isfinite(norm)
-        train.skip_if(bad, bench.accelerator, adamw)
+        train.skip_if(~torch.isfinite(norm), bench.accelerator, adamw)
         adamw.step()
-        return norm, bad
 
     return update
 
@@ -821,7 +837,7 @@ def our_step(bench, dtype, config=None, target=None):
     """A training step in the manner of `learn` in train.py, without accumulation. With a target no teacher runs."""
     model = bench.compiled(bench.model(config))
     model, adamw = train.prepare(bench.accelerator, model, fused_adamw(model))
-    update, sums, teacher = update_of(bench, model, adamw), {}, bench.our_teacher(dtype)
+    sums, teacher = {}, bench.our_teacher(dtype)
 
     def step():
         pixels, visible, masked = (train.to_device(tensor, bench.device) for tensor in bench.host_batch)
@@ -831,8 +847,7 @@ def our_step(bench, dtype, config=None, target=None):
         with bench.autocast(dtype):
             losses = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), visible, masked, goal)
         bench.accelerator.backward(losses["loss"] * train.finite(losses["loss"]))
-        norm, bad = update()
-        adamw.zero_grad(set_to_none=True)
+        norm, bad = train.take_step(bench.accelerator, model, adamw, bench.args.recipe.clip_grad)
         for name, value in {**losses, "grad_norm": norm, "bad": bad}.items():
             sums[name] = sums.get(name, 0.0) + value.detach()
 
@@ -853,7 +868,7 @@ def plain_step(bench, dtype):
         for name, loss in losses.items():
             sums[name] = sums.get(name, 0.0) + loss.item()
         if not math.isfinite(losses["loss"].item()):
-            raise SystemExit("the baseline's loss is not finite")
+            raise RuntimeError("the baseline's loss is not finite")
         adamw.zero_grad()
         losses["loss"].backward()
         sums["norm"] = nn.utils.clip_grad_norm_(model.parameters(), bench.args.recipe.clip_grad, foreach=False).item()
@@ -874,7 +889,7 @@ def train_script(bench, lines=10, left_out=3):
     baseline is a loop over a DataLoader with as many loading processes."""
     every, args = 10 if bench.device.type == "cuda" else 1, bench.args
     files = bench.folder / "data"
-    for number in range(min(lines * every * bench.batch, 4096)):
+    for number in range(max(bench.batch, min(lines * every * bench.batch, 4096))):
         file = files / f"class{number % 2}" / f"{number:05d}.jpg"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(bench.jpegs[number % len(bench.jpegs)])
@@ -889,9 +904,7 @@ def train_script(bench, lines=10, left_out=3):
     command = list(itertools.chain(*((f"--{name}", str(value)) for name, value in command.items())))
     command = [sys.executable, str(ROOT / "train.py"), *command, *["--compile"] * bench.compile]
     environment = {**os.environ, "HF_HOME": str(bench.folder / "cache")}
-    process = subprocess.run(command, env=environment, cwd=bench.folder, capture_output=True, text=True)
-    if process.returncode:
-        raise SystemExit(f"train.py failed:\n{process.stdout}{process.stderr}")
+    memory = run_and_watch(command, bench.folder, environment, bench.device)
     log = [json.loads(line) for line in (bench.folder / "run" / "log.jsonl").read_text().splitlines()][left_out:]
     rate = statistics.harmonic_mean([line["images_per_second"] for line in log])
 
@@ -906,13 +919,38 @@ def train_script(bench, lines=10, left_out=3):
         if number + 1 == left_out * every:
             start = time.perf_counter()
     plain_rate = (lines - left_out) * every * bench.batch / (time.perf_counter() - start)
+    with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
+        our_step(bench, bench.dtype)()
+    tflops = counter.get_total_flops() / bench.batch * rate / 1e12
     return {
         "ms": 1000 * bench.batch / rate,
         "images_per_second": rate,
+        "gflop_per_image": counter.get_total_flops() / bench.batch / 1e9,
+        "tflops": tflops,
+        "mfu": tflops * 1e12 / bench.peak(bench.dtype),
+        "memory_mb": memory / 2**20,
         "ratio": rate / plain_rate,
         "data_wait": statistics.mean(line["data_wait"] for line in log),
         "baseline": {"ms": 1000 * bench.batch / plain_rate, "images_per_second": plain_rate},
     }
+
+
+def run_and_watch(command, folder, environment, device):
+    """Run train.py to its end. The most memory that was seen in use, twice a second: on CUDA of the device, its context
+    included; on the CPU of the process and its loading processes (what they share counts once)."""
+    before, most = torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0, 0
+    with (folder / "output").open("w") as output:
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=output, stderr=output)
+    while process.poll() is None:
+        with suppress(psutil.Error):
+            main = psutil.Process(process.pid)
+            everyone = [] if device.type == "cuda" else [main, *main.children()]
+            used = before - torch.cuda.mem_get_info()[0] if device.type == "cuda" else 0
+            most = max(most, used + sum(p.memory_full_info().pss for p in everyone))
+        time.sleep(0.5)
+    if process.returncode:
+        raise RuntimeError(f"train.py failed: {(folder / 'output').read_text().strip().splitlines()[-1]}")
+    return most
 
 
 def cost(bench):
@@ -1044,10 +1082,21 @@ def main():
               f"{', '.join(DATA_ROWS)}: on one core, JPEGs of {result['jpeg_kb']:.0f} kB")  # fmt: skip
         titles = [*(title for _, title, _ in COLUMNS), "baseline ms", "images/s", "MB", "ratio", "spread", "cpu ratio"]
         print(13 * " " + aligned(titles), flush=True)
-        for name, work in rows_of(bench, flags).items():
+        wanted = rows_of(bench, flags)
+        if not wanted:
+            print(f"error: --only {' '.join(flags.only)}: no such row with this method, device and dtype",
+                  file=sys.stderr)  # fmt: skip
+            sys.exit(2)
+        for name, work in wanted.items():
             alone = name in DATA_ROWS  # as in a loading process
             torch.set_num_threads(1 if alone else bench.threads)
-            row = work(bench)
+            try:
+                row = work(bench)
+            except Exception as error:  # out of memory, say: the other rows are worth having
+                rows[name] = {"error": f"{type(error).__name__}: {train.first_line(error)}"}
+                print(f"{name:13}{rows[name]['error']}", flush=True)
+                bench.accelerator.free_memory()
+                continue
             if name == "cost":
                 result["cost"] = row
                 print(f"cost of alignment and decoder: parameters x {row['parameters_ratio']:.2f} (paper: 1.23), time "
@@ -1062,6 +1111,7 @@ def main():
     for name, rate in result["peak_tflops"].items():
         print(f"a large matrix product in {name}: {rate:.3f} TFLOP/s")
     print(json.dumps(result))
+    sys.exit(any("error" in row for row in rows.values()))
 
 
 if __name__ == "__main__":

@@ -486,7 +486,7 @@ def test_write_aside_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatc
     path = tmp_path / "x.json"
     train.write_aside(path, "old")
     monkeypatch.setattr(train, "fsync", lambda p: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError):
+    with pytest.raises(train.RunError, match=r"x\.json could not be written: disk full; make room, and start again"):
         train.write_aside(path, "new")
     assert path.read_text() == "old"
 

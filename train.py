@@ -2194,7 +2194,6 @@ class Interruption(Exception):  # noqa: N818 (no error)
     """No further step: a stop was asked for or, in __cause__, this process has no data."""
 
 
-@dead_peers()
 def fit(accelerator, run, data, source, streams, learn, total, trainer, *, state=dict, write_model=None,
         evaluate=None, eval_every=1.0):  # fmt: skip
     """Take the steps from trainer["step"] to `total`, whatever happens on the way; all scripts train by this loop.
@@ -2488,7 +2487,8 @@ def train(args):
 def command_line(work):
     """Call work(): exit code 2 for what the user gave, 1 for a run that failed."""
     try:
-        work()
+        with dead_peers():
+            work()
     except (UserError, RunError) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (BadFilesError, ServerGoneError, PeerError)):
             print(f"error: {error}", file=sys.stderr, flush=True)

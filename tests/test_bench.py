@@ -34,8 +34,8 @@ def encoder_flops(config, visible):
     n, d = 1 + visible, config.dim
     embedding = 2 * visible * 3 * config.patch_size**2 * d  # the images take no gradient: its weights alone do
     linear = 2 * n * 12 * d * d  # qkv 3, projection 1, MLP 8; the backward pass is twice the forward pass
-    attention = 2 * 2 * n * n * d  # scores and their sum of values; the backward pass computes the scores once more
-    return 2 * embedding + config.depth * (3 * linear + 3.5 * attention)
+    attention = 2 * 2 * n * n * d  # scores and their sum of values
+    return 2 * embedding + config.depth * 3 * (linear + attention)
 
 
 @pytest.mark.parametrize("method", ["cae-v2", "cae"])

@@ -202,33 +202,71 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
     assert process.returncode == -signal.SIGINT and not checkpoints(tmp_path / "run")
 
 
-def two_processes(run_dir, *flags):
+def two_processes(run_dir, *flags, script="train.py"):
     """Two ranks that no launcher watches."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = command_of("train.py", *FLAGS, "--steps", "2000", "--run-dir", run_dir, *flags)
+    command = command_of(script, *FLAGS, "--steps", "2000", "--run-dir", run_dir, *flags)
     return [subprocess.Popen(command, env=environment_of(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                                                          LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost",
-                                                         MASTER_PORT=str(port)),
+                                                         MASTER_PORT=str(port), PYTHONPATH=str(train.DEMO.parent)),
                              cwd=train.DEMO.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for rank in range(2)]  # fmt: skip
+
+
+# Six seconds between steps; at the start, of which a busy machine makes a minute, the default's minutes.
+IMPATIENT = """
+import train
+
+class Impatient(train.Peers):
+    def __init__(self, processes, minutes):
+        super().__init__(processes, 0.1)
+
+train.Peers = Impatient
+train.main()
+"""
 
 
 @pytest.mark.parametrize(("blow", "victim"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
 def test_a_dead_process_does_not_leave_the_other_hanging(tmp_path, blow, victim):
     """Killed: the connection breaks. Stopped, as by a lost machine: only the timeout tells."""
-    both = two_processes(tmp_path / "run", "--timeout", "0.03", "--patience", "0.03")
+    (tmp_path / "impatient.py").write_text(IMPATIENT)
+    script = tmp_path / "impatient.py" if blow == signal.SIGSTOP else "train.py"
+    both = two_processes(tmp_path / "run", script=script)
     try:
-        assert wait_for(both[0], lambda: last_step(tmp_path / "run") >= 4)
+        assert wait_for(both[0], lambda: last_step(tmp_path / "run") >= 4), both[0].poll()
         both[victim].send_signal(blow)
-        output = both[1 - victim].communicate(timeout=60)[0]
+        output = both[1 - victim].communicate(timeout=120)[0]
         assert both[1 - victim].returncode == 1, output
         assert "another process of this run has died or does not answer" in output and "Traceback" not in output
     finally:
         for process in both:
             process.kill()
     assert checkpoints(tmp_path / "run") and damage(checkpoints(tmp_path / "run")[-1]) is None
+
+
+def test_a_process_that_never_comes_is_told_in_one_line(monkeypatch, capsys):
+    """The other rank's machine is missing from the start: torch's error is long."""
+    left = []
+    monkeypatch.setattr(os, "_exit", left.append)  # a proper end would wait for the dead
+
+    def alone():
+        raise torch.distributed.DistNetworkError("The client socket has timed out after 600000ms\nsome advice")
+
+    with pytest.raises(SystemExit):
+        train.command_line(alone)
+    error = capsys.readouterr().err
+    assert left == [1] and len(error.splitlines()) == 1 and "has died or does not answer (The client socket" in error
+
+
+def test_processes_wait_for_each_other_as_long_as_asked(tmp_path, monkeypatch):
+    waits, peers = [], train.Peers
+    monkeypatch.setattr(train, "Peers", lambda processes, minutes: waits.append(minutes) or peers(processes, minutes))
+    run(tmp_path, "--steps", "1", "--timeout", "3", "--patience", "4")
+    args = train.parse(["--timeout", "3", "--patience", "4"])
+    accelerator, _ = train.make_accelerator(args.run, args.data)
+    assert waits == [7] and accelerator.init_handler.timeout.total_seconds() == 420
 
 
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_checkpoint(reference, tmp_path, monkeypatch):

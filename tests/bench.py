@@ -14,8 +14,9 @@ Every row: the median over repeats in which ours and the baseline take turns; `r
 the baseline's time by ours in the same turn; `spread`, the distance between the quartiles of that ratio by its median.
 `cpu ratio` is the same of processor time, which other work on the machine hardly changes.
 FLOPs are counted by torch, a multiplication and an addition as two: those that the mathematics has, without what a fused
-kernel computes again in the backward pass. MFU is by the rate of a large matrix product of the same dtype in this run. Memory is the row's own: the peak above
-what was there before; on the CPU resident memory, the model and its gradients included. Teachers have random weights.
+kernel computes again in the backward pass. MFU is by the rate of a large matrix product of the same dtype in this run.
+Memory is the row's own: the peak above what was there before; on the CPU resident memory, the model and its gradients
+included. Teachers have random weights.
 The last line printed is a JSON object with everything.
 """
 
@@ -481,9 +482,9 @@ def peak_rate(device, dtype):
 def counting():
     """A counter of FLOPs. Attention is plain products meanwhile: what torch counts for a fused kernel depends on the
     kernel, and for some versions is nothing; of what is compiled it counts nothing either."""
-    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"):
-        with FlopCounterMode(display=False) as counter:
-            yield counter
+    counter = FlopCounterMode(display=False)
+    with sdpa_kernel(SDPBackend.MATH), torch.compiler.set_stance("force_eager"), counter:
+        yield counter
 
 
 def check_flops():

@@ -83,8 +83,8 @@ def decays(name, weight):
 
 FLAGS = ["--size", "nano", "--workers", "0", "--batch-size", "8", "--effective-batch-size", "16", "--log-every", "1",
          "--seed", "3", "--steps", "5", "--warmup-epochs", "0.6", "--lr", "20", "--min-lr", "0.01",
-         "--weight-decay", "0.9", "--weight-decay-end", "0.3", "--clip-grad", "0.04", "--beta1", "0.8", "--beta2", "0.9",
-         "--adam-eps", "2e-3", "--drop-path", "0.4", "--precision", "fp32"]  # fmt: skip
+         "--weight-decay", "0.9", "--weight-decay-end", "0.3", "--clip-grad", "0.04", "--beta1", "0.8",
+         "--beta2", "0.9", "--adam-eps", "2e-3", "--drop-path", "0.4", "--precision", "fp32"]  # fmt: skip
 
 
 @pytest.mark.parametrize("method", ["cae-v2", "cae"])

@@ -13,10 +13,10 @@ for nothing else. Before anything is measured it is shown to give the same losse
 Every row: the median over repeats in which ours and the baseline take turns; `ratio`, the headline, is the median of
 the baseline's time by ours in the same turn; `spread`, the distance between the quartiles of that ratio by its median.
 `cpu ratio` is the same of processor time, which other work on the machine hardly changes.
-FLOPs are counted by torch, a multiplication and an addition as two: those that the mathematics has, without what a fused
-kernel computes again in the backward pass. MFU is by the rate of a large matrix product of the same dtype in this run.
-Memory is the row's own: the peak above what was there before; on the CPU resident memory, the model and its gradients
-included. Teachers have random weights.
+FLOPs are counted by torch, a multiplication and an addition as two: those that the mathematics has, without what a
+fused kernel computes again in the backward pass. MFU is by the rate of a large matrix product of the same dtype in this
+run. Memory is the row's own: the peak above what was there before; on the CPU resident memory, the model and its
+gradients included. Teachers have random weights.
 The last line printed is a JSON object with everything.
 """
 

@@ -470,12 +470,16 @@ def test_fewer_processes_continue_with_the_same_images_and_losses(tmp_path):
 
 
 def test_more_processes_take_over_parts_that_one_began(tmp_path):
-    more = ["--effective-batch-size", "32", "--parts", "2"]
+    """Two parts each: what is drawn in a step, and which place of the data is whose, go by the part."""
+    more = ["--effective-batch-size", "32", "--parts", "4"]
     run(tmp_path / "one", *more)
     copy_of(tmp_path / "one", tmp_path / "two", last=3)
     succeeded(launch("train.py", *FLAGS, "--run-dir", tmp_path / "two", *more, processes=2))
     for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
         assert ours["seen"] == theirs["seen"] and abs(ours["loss"] - theirs["loss"]) < 1e-5
+    places = [[json.loads((checkpoints(tmp_path / run)[-1] / f"data_{part}.json").read_text()) for part in range(4)]
+              for run in ("one", "two")]  # fmt: skip
+    assert places[0] == places[1]
 
 
 def test_a_changed_recipe_is_shown_and_refused_unless_asked_for(reference, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """Streams over HTTP, from a server that fails by script: nothing is lost, nothing comes twice, no wait is endless."""
 
+import itertools
 import threading
 from collections import Counter
 from contextlib import ExitStack, contextmanager
@@ -101,9 +102,13 @@ def expected(repositories):
     return found
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("form", ["parquet", "tar"])
-@pytest.mark.parametrize("kind", ["refuse", "drop", "end", "truncate", "stall", "429", "500", "503"])
+KINDS = ("refuse", "drop", "end", "truncate", "stall", "500", "503")
+
+
+@pytest.mark.parametrize(("kind", "form", "workers"), [
+    *itertools.product(KINDS, ("parquet", "tar"), (0, 2)),
+    ("429", "parquet", 0),  # whose waits are whole seconds
+])  # fmt: skip
 def test_faults_change_nothing(repositories, on_hub, expected, form, kind, workers):
     script = Script(kind, numbers=(0, 2) if kind in ("stall", "429") else (0, 1, 4, 8))
     with on_hub(repositories / form, script):
@@ -210,6 +215,20 @@ def test_a_place_in_a_large_parquet_file_costs_its_tail_only(tmp_path, on_hub, m
         assert list(chunks.read(0, 400)) == []
 
 
+def test_few_files_of_the_hub_are_read_by_row_group(tmp_path, on_hub):
+    """Where they would not go round: a footer is a request. The card says how many images each split has."""
+    write_parquet(tmp_path / "data", COUNTS, group=3)  # 15 row groups in 4 files
+    write_parquet(tmp_path / "data", (2,), split="test")
+    splits = "".join(f"  - name: {name}\n    num_examples: {count}\n" for name, count in (("test", 2), ("train", 44)))
+    (tmp_path / "README.md").write_text(f"---\ndataset_info:\n  splits:\n{splits}---\n")
+    with on_hub(tmp_path):
+        for slots, workers, shards in ((1, 4, 4), (2, 2, 4), (4, 0, 4), (1, 5, 15), (3, 2, 15), (5, 0, 15)):
+            args = DataArgs(dataset="some/pictures", streaming=True, workers=workers)
+            source = open_source(args, slots)
+            assert (source.data.num_shards, source.num_images) == (shards, 44)
+            assert len(source.files) == (4 if shards == 4 else 0)
+
+
 @pytest.mark.parametrize("form", ["parquet", "tar"])
 def test_bad_shards_are_not_waited_for(repositories, tmp_path, on_hub, form):
     """Cut off in the repository itself: with half an hour of patience it ends at once."""
@@ -239,6 +258,15 @@ def test_opening_waits_too(repositories, on_hub, capfd):
         open_stream(patience=0.005)
     with pytest.raises(UserError, match="cannot be reached: Couldn't reach"):  # no server: at once
         open_stream()
+
+
+@pytest.mark.parametrize(("name", "message"), [
+    ("secret/pictures", r"is gated: accept its terms at http.*/datasets/secret/pictures and log in with `hf auth"),
+    ("nobody/nothing", r"was not found on the Hub \(nor as a local folder\).*hf auth login"),
+])  # fmt: skip
+def test_data_sets_that_the_hub_does_not_give(on_hub, name, message):
+    with on_hub(), pytest.raises(UserError, match=message):
+        open_source(DataArgs(dataset=name, streaming=True))
 
 
 def test_a_run_over_faults_is_the_run_without(tmp_path):

@@ -38,9 +38,9 @@ def arguments(*flags):
 
 
 def picture(mode="RGB", size=(40, 30)):
-    """A smooth image with some structure."""
-    x = Image.linear_gradient("L").resize(size)
-    image = Image.merge("RGB", (x, x.transpose(Image.Transpose.FLIP_LEFT_RIGHT), x.rotate(180)))
+    """Noise, which is neither its own mirror image nor the same at another size."""
+    noise = torch.rand(size[1], size[0], 3, generator=torch.Generator().manual_seed(0))
+    image = Image.fromarray((255 * noise).byte().numpy())
     return image if mode == "RGB" else image.convert(mode)
 
 
@@ -187,15 +187,15 @@ def test_a_compiled_teacher_gives_the_same_targets(tmp_path, graphs, size):
     """At its own size, and with positions interpolated."""
     FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=50)).save_pretrained(tmp_path)
     for teacher in (CLIPTeacher(str(GOLDEN / "clip_tiny"), 16).eval(), DALLETeacher(str(tmp_path), 16).eval()):
-        for batch in (2, 3):
-            view = torch.rand(batch, 3, size, size)
-            with torch.no_grad():
-                expected = teacher(view)
-                teacher.compile()
-                torch.testing.assert_close(teacher(view), expected, rtol=0, atol=1e-5)
-    assert len(graphs) == 4
+        views = [torch.rand(batch, 3, size, size) for batch in (2, 3)]
+        with torch.no_grad():
+            expected = [teacher(view) for view in views]
+            teacher.compile()
+            for view, target in zip(views, expected, strict=True):
+                torch.testing.assert_close(teacher(view), target, rtol=0, atol=1e-5)
+    assert len(graphs) == 2
     PixelTeacher(4).compile()
-    assert len(graphs) == 4
+    assert len(graphs) == 2
 
 
 def test_pixel_teacher_orders_as_mae():
@@ -292,10 +292,9 @@ def test_parameter_groups():
     assert not {id(p) for p in frozen.regressor.parameters()} & {id(p) for p in trained}
 
 
-@pytest.mark.parametrize("flags", [["--supervise", "visible"], ["--supervise", "masked"], [], ["--method", "cae"]])
-def test_every_objective_can_be_learned(flags):
-    """Forty steps on one batch of real images and its real targets at least halve the loss."""
-    args = arguments("--dataset", "demo", *flags)
+def test_images_can_be_learned():
+    """Forty steps on one batch of real images and their pixels at least halve the loss. (CAE v2: test_scripts.py.)"""
+    args = arguments("--dataset", "demo", "--method", "cae")
     config = train.model_config(args)
     teacher = train.build_teacher(args, config)
     source, crops = train.open_source(args.data), Crops(args, config)
@@ -358,8 +357,8 @@ def test_recipes(method, size, masked):
 
 
 def test_num_masked_is_a_true_ceiling():
-    args = arguments("--dataset", "demo", "--image-size", "40", "--mask-ratio", "0.3")
-    assert train.num_masked(args, CAEConfig.from_size("nano", image_size=40)) == 30, "not 31, as 0.3 * 100 rounds"
+    args = arguments("--dataset", "demo", "--image-size", "40", "--mask-ratio", "0.28")
+    assert train.num_masked(args, CAEConfig.from_size("nano", image_size=40)) == 28, "not 29, as 0.28 * 100 rounds"
 
 
 def test_effective_batch_size():

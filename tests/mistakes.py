@@ -107,6 +107,8 @@ def main():
     wanted = [m for m in wanted if m.name not in stale]
     for name in stale:
         print(f"{name}: its code does not stand once in the scripts any more")
+    if not wanted:
+        sys.exit("no mistake has these words")
     with tempfile.TemporaryDirectory() as folder:
         import_libraries(Path(folder) / "cache")
         trees = [shutil.copytree(ROOT, Path(folder) / f"tree{i}", ignore=NOT_COPIED) for i in range(flags.jobs)]

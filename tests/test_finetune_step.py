@@ -1,16 +1,16 @@
 """finetune.py's step against a loop that is written out here: views, mixing, losses, clipping, AdamW, the average."""
 
 import copy
-import hashlib
 import math
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from images import CLASSES, squares, write_squares
 from launch import call, log_of
+from reference import IMAGENET, seed_of
 from safetensors.torch import load_file
-from squares import CLASSES, squares, write_squares
 from torchvision.transforms import v2
 from transformers import AutoModelForImageClassification
 
@@ -40,8 +40,7 @@ from_folder = AutoModelForImageClassification.from_pretrained
 
 
 def normalized(images):
-    mean, std = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    return (images / torch.tensor(255.0) - mean) / std
+    return (images / torch.tensor(255.0) - IMAGENET[0]) / IMAGENET[1]
 
 
 @torch.no_grad()
@@ -51,10 +50,6 @@ def accuracy(model):
     first = model.eval()(normalized(images)).logits.argsort(dim=1, descending=True)
     ranks = (first == torch.tensor(TEST)[:, None] % 7).nonzero()[:, 1]
     return [100 * (ranks < k).sum().item() / len(TEST) for k in (1, 5)]
-
-
-def seed_of(*parts):
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def decayed(name, weight):
@@ -192,32 +187,6 @@ def test_eval_only_is_that_of_a_plain_loop(data, tmp_path, monkeypatch, capsys):
 def test_the_warm_up_is_at_most_a_tenth_of_the_run():
     args = train.parse(["--random-init", "nano", "--epochs", "8"], kind=finetune.Classify)
     assert finetune.resolve(args, finetune.load_origin(args.model)).recipe.warmup_epochs == 0.8
-
-
-def test_train_views_are_torchvisions_own():
-    """Crop, flip, RandAugment on the mean's grey and the box to erase, drawn in this order from the image's seed."""
-    flags = ["--crop-scale", "0.3", "0.9", "--flip", "0.8", "--randaugment", "12", "--erasing", "0.6"]
-    args = train.parse(["--random-init", "nano", *flags], kind=finetune.Classify)
-    view = finetune.TrainView(28, finetune.resolve(args, finetune.load_origin(args.model)).recipe)
-    bicubic, bilinear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
-    steps = v2.Compose([
-        v2.RandomResizedCrop(28, (0.3, 0.9), interpolation=bicubic, antialias=True), v2.RandomHorizontalFlip(0.8),
-        v2.RandAugment(2, 12, 31, interpolation=bilinear, fill=[124, 116, 104]),
-    ])  # fmt: skip
-    box = v2.RandomErasing(1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=0)
-    erased = 0
-    for seed in range(40):
-        noise = torch.randint(256, (3, 40, 50), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        image, found = view(noise, seed)
-        torch.manual_seed(seed)
-        assert torch.equal(image, steps(noise))
-        wanted = [0] * 4
-        if torch.rand(()) < 0.6:
-            params = box.make_params([image])
-            wanted = [params[side] for side in "ijhw"]
-            erased += 1
-        assert found.tolist() == wanted
-    assert 10 < erased < 35
 
 
 def test_the_best_evaluation_is_the_first_of_the_highest_top_1():

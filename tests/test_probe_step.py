@@ -1,15 +1,15 @@
 """probe.py's steps against a loop that is written out here: features, learning rates, optimizers, statistics."""
 
-import hashlib
 import json
 import math
 from collections import namedtuple
 
 import pytest
 import torch
+from images import squares, write_squares
 from launch import call, launch, log_of, succeeded
+from reference import IMAGENET, channels, seed_of
 from safetensors.torch import load_file
-from squares import squares, write_squares
 
 import probe
 import train
@@ -30,17 +30,6 @@ def data(tmp_path_factory):
         weight.data += 0.05 * torch.randn_like(weight)
     model.save_pretrained(root / "encoder")
     return root
-
-
-def channels(*values):
-    return torch.tensor(values).view(1, 3, 1, 1)
-
-
-IMAGENET = channels(0.485, 0.456, 0.406), channels(0.229, 0.224, 0.225)
-
-
-def seed_of(*parts):
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def centres(numbers):

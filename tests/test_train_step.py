@@ -1,6 +1,5 @@
 """train.py's step against a loop that is written out here, and against the released code's own training."""
 
-import hashlib
 import json
 import math
 
@@ -8,6 +7,7 @@ import pytest
 import torch
 from images import noise_png, write_parquet
 from launch import ROOT, log_of
+from reference import IMAGENET, OPENAI, seed_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import CLIPVisionModelWithProjection
@@ -18,18 +18,6 @@ from cae import CAE, CAEConfig, load_official, released_name
 
 GOLDEN = ROOT / "tests" / "golden"
 DEMO_TEACHER = ROOT / "demo" / "clip_teacher"
-
-
-def channels(*values):
-    return torch.tensor(values).view(1, 3, 1, 1)
-
-
-IMAGENET = channels(0.485, 0.456, 0.406), channels(0.229, 0.224, 0.225)
-OPENAI = channels(0.48145466, 0.4578275, 0.40821073), channels(0.26862954, 0.26130258, 0.27577711)
-
-
-def seed_of(*parts):
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def record(monkeypatch):

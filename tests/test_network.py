@@ -31,8 +31,10 @@ def repositories(tmp_path_factory):
 
 
 @pytest.fixture
-def on_hub(monkeypatch):
-    """serve(), with this process pointed there; short pauses, small blocks, a third of a second until silence ends."""
+def on_hub(monkeypatch, tmp_path_factory):
+    """serve(), with this process pointed there; short pauses, small blocks, a third of a second until silence ends.
+    Nothing is known from earlier tests: with a card in the cache a data set would be waited for that is not there."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
     for name, value in (("FIRST_PAUSE", 0.02), ("LONGEST_PAUSE", 0.1), ("TAR_BLOCK", 6000)):
         monkeypatch.setattr(train, name, value)
     monkeypatch.setattr(train.HubFile, "DEFAULT_BLOCK_SIZE", 1000)

@@ -218,7 +218,7 @@ def assert_skipped(lines, expected, name=zoo.logged_name):
     found = [split_line(line) for line in lines]
     assert Counter(name for name, _ in found) == Counter(name(case) for case in expected)
     for case in expected:
-        assert any(case.reason in reason for found_name, reason in found if found_name == name(case)), case.name
+        assert any(re.search(case.reason, reason) for other, reason in found if other == name(case)), case.name
 
 
 def test_the_zoo_is_skipped_in_files(data_sets):

@@ -235,18 +235,19 @@ PROGRAM = """
 import sys
 from images import Numbers
 from train import DataArgs, Stream, open_source
-args = DataArgs(dataset=sys.argv[1], streaming=True, workers=2, batch_size=4)
-stream = Stream(open_source(args), Numbers(), args, 3)
-print(next(stream)["ids"].shape)
+streams = []
+for path in sys.argv[1:]:
+    args = DataArgs(dataset=path, streaming=True, workers=2, batch_size=4)
+    streams.append(Stream(open_source(args), Numbers(), args, 3))
+    print(next(streams[-1])["ids"].shape)
 raise ValueError("of its own")
 """
 
 
-@pytest.mark.parametrize("form", ["tar", "folder"])
-def test_a_program_that_ends_with_an_open_stream_ends(data_sets, form):
-    """Loading processes ignore the SIGTERM by which Python ends them, so somebody else has to."""
+def test_a_program_that_ends_with_open_streams_ends(data_sets):
+    """Of shards and of rows. Loading processes ignore the SIGTERM by which Python ends them: somebody else has to."""
     path = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
-    run = subprocess.run([sys.executable, "-c", PROGRAM, str(data_sets[form])], capture_output=True, text=True,
-                         timeout=60, env={**os.environ, "PYTHONPATH": path})  # fmt: skip
-    assert "torch.Size([4, 2])" in run.stdout
+    command = [sys.executable, "-c", PROGRAM, str(data_sets["tar"]), str(data_sets["folder"])]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "PYTHONPATH": path})
+    assert run.stdout.count("torch.Size([4, 2])") == 2
     assert run.returncode == 1 and run.stderr.splitlines()[-1] == "ValueError: of its own"

@@ -170,8 +170,8 @@ def zoo():
              (p := jpeg(progressive=True))[: len(p) // 2]),
         Case("cut-before-pixels.jpg", "JPEG, nothing but the whole header", whole[: scan + 14]),
         Case("cut-in-header.jpg", "JPEG, cut in its tables", whole[:100], "Truncated File Read"),
-        # by the version of Pillow
-        Case("cut-before-scan.jpg", "JPEG, cut between size and scan", whole[:scan], f"cannot load this image|{unknown}"),
+        Case("cut-before-scan.jpg", "JPEG, cut between size and scan", whole[:scan],
+             f"cannot load this image|{unknown}"),  # by the version of Pillow
         Case("cut-to-marker.jpg", "JPEG, its first three bytes", whole[:3], unknown),
         Case("cut.png", "PNG, half of it", png[: len(png) // 2]),
         Case("cut-in-header.png", "PNG, cut in its header", png[:20], "Truncated File Read"),

@@ -152,14 +152,14 @@ def test_colours_are_jittered_by_default_in_the_recipe_of_cae_v2_alone(method, j
 
 def test_fine_tunings_view_is_crop_flip_randaugment_and_a_box():
     """By torchvision's own, with timm's boxes: a fiftieth to a third of the image, at most 10 / 3 times as long."""
-    view = TrainView(28, finetune.RecipeArgs(crop_scale=(0.2, 0.5), flip=0.25, randaugment=9, erasing=0.6))
+    view = TrainView(28, finetune.RecipeArgs(crop_scale=(0.2, 0.5), flip=0.25, randaugment=12, erasing=0.6))
     image, boxes = noise(60, 45), 0
     grey = [round(255 * channel) for channel in IMAGENET_DEFAULT_MEAN]
     bicubic, bilinear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
     steps = [
         v2.RandomResizedCrop(28, (0.2, 0.5), (3 / 4, 4 / 3), interpolation=bicubic, antialias=True),
         v2.RandomHorizontalFlip(0.25),
-        v2.RandAugment(num_ops=2, magnitude=9, num_magnitude_bins=31, interpolation=bilinear, fill=grey),
+        v2.RandAugment(num_ops=2, magnitude=12, num_magnitude_bins=31, interpolation=bilinear, fill=grey),
     ]
     for seed in range(40):
         got, box = view(image, seed)

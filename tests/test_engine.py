@@ -21,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub.errors import HTTPError
 from images import Numbers, png, write_folder, write_parquet, write_tars
+from reference import seed_of
 
 import train
 from cae import CAEConfig
@@ -133,8 +134,7 @@ def test_a_file_is_a_data_set(tmp_path):
 
 def shuffled(n, *parts):
     """A permutation by the first 63 bits of a hash of its seed."""
-    seed = int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
-    return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(*parts))).tolist()
 
 
 def stream_of(path, streaming, rank=0, world=1, window=7, interleave=2, state=None, first_pass=0, size=5):

@@ -3,52 +3,31 @@
 CAE     "Context Autoencoder for Self-Supervised Representation Learning", arXiv 2202.03026
 CAE v2  "CAE v2: Context Autoencoder with CLIP Latent Alignment", arXiv 2211.09799, TMLR 2023
 
-Read from top to bottom: masks, positions, attention, blocks, config and size table, encoder, regressor, the two
-objectives, the model that joins them, and at the end the bridges to other people's checkpoints and libraries.
-
-    python cae.py export --checkpoint runs/cae-v2-base --to beit --output runs/beit
-
-is the last of these bridges as a command.
+Read from top to bottom: masks, positions, attention, blocks, config and size table, encoder, regressor,
+decoder and head, the two losses, the model that joins them, and how it is initialised.
 
 Letters in shape comments: B images, N patches, Nv visible, Nm masked (N = Nv + Nm), P pixels along a patch's side,
 D encoder width, R regressor width, C target width. "Released code" is the authors' own implementation; every
 deviation from it is named where it happens.
 """
 
-import argparse
-import copy
-import dataclasses
-import io
-import itertools
-import json
-import logging
 import math
-import os
-import pickle
-import re
-import sys
-import tempfile
-import textwrap
-from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from einops import rearrange
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from huggingface_hub import PyTorchModelHubMixin
 from torch.utils.checkpoint import checkpoint
 
-logger = logging.getLogger("cae")
 LN_EPS = 1e-6
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of what the student sees
 
 # ----------------------------------------------------------------------------------------------------------------
-# Masks: which patches the encoder sees. Indices, sorted, are the currency of this file; there are no boolean masks.
+# Masks: which patches the encoder sees, as sorted indices. Boolean arrays do not leave this section.
 
 
 def block_mask(batch, grid, num_masked, *, min_block=16, generator=None):
@@ -65,13 +44,11 @@ def block_mask(batch, grid, num_masked, *, min_block=16, generator=None):
     Raises: ValueError unless 0 < num_masked < rows * columns.
     """
     rows, columns = _check_mask(grid, num_masked)
-    masks = [_draw_blocks(rows, columns, num_masked, min_block, generator) for _ in range(batch)]
-    # A mask is one integer with bit r * columns + c for the patch in row r, column c: bytes, then bits, then indices.
-    size = (rows * columns + 7) // 8
-    bits = torch.tensor([byte for mask in masks for byte in mask.to_bytes(size, "little")], dtype=torch.uint8)
-    bits = (bits.view(batch, size, 1) >> torch.arange(8, dtype=torch.uint8)).view(batch, 8 * size)[:, : rows * columns]
-    bits = (bits & 1).bool()
-    return (~bits).nonzero()[:, 1].view(batch, -1), bits.nonzero()[:, 1].view(batch, num_masked)
+    masks = np.zeros((batch, rows, columns), dtype=bool)
+    for mask in masks:
+        _draw_blocks(mask, num_masked, min_block, generator)
+    masks = torch.from_numpy(masks).flatten(1)
+    return (~masks).nonzero()[:, 1].view(batch, -1), masks.nonzero()[:, 1].view(batch, num_masked)
 
 
 def random_mask(batch, grid, num_masked, *, generator=None):
@@ -91,15 +68,12 @@ def _check_mask(grid, num_masked):
     return rows, columns
 
 
-def _draw_blocks(rows, columns, num_masked, min_block, generator, tries=100):
-    """One block-wise mask as an integer of rows * columns bits."""
+def _draw_blocks(mask, num_masked, min_block, generator, tries=100):
+    """Set num_masked entries of mask, boolean (rows, columns) and all False, block by block."""
+    rows, columns = mask.shape
     draws, used = [], 0
     log_ratio = math.log(1 / 0.3)
-    # column_of_ones[h]: one bit in each of h successive rows; times a row of w ones, it is an h x w block.
-    column_of_ones = [0]
-    for row in range(rows):
-        column_of_ones.append(column_of_ones[-1] | 1 << row * columns)
-    mask, remaining, failed = 0, num_masked, 0
+    remaining, failed = num_masked, 0
     while remaining > 0 and failed < tries:
         if used + 4 > len(draws):
             draws, used = torch.rand(64, generator=generator).tolist(), 0
@@ -111,15 +85,14 @@ def _draw_blocks(rows, columns, num_masked, min_block, generator, tries=100):
         failed += 1
         if h < rows and w < columns:
             top, left = int(u_top * (rows - h + 1)), int(u_left * (columns - w + 1))
-            block = ((1 << w) - 1) * column_of_ones[h] << (top * columns + left)
-            new = (block & ~mask).bit_count()
+            block = mask[top : top + h, left : left + w]
+            new = h * w - int(np.count_nonzero(block))  # a scalar of numpy would be slow
             if 0 < new <= remaining:
-                mask, remaining, failed = mask | block, remaining - new, 0
+                block[:] = True
+                remaining, failed = remaining - new, 0
     if remaining > 0:
-        free = [i for i in range(rows * columns) if not mask >> i & 1]
-        for i in torch.randperm(len(free), generator=generator)[:remaining].tolist():
-            mask |= 1 << free[i]
-    return mask
+        free = np.flatnonzero(~mask)
+        mask.flat[free[torch.randperm(len(free), generator=generator)[:remaining].numpy()]] = True
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -226,12 +199,12 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-def drop_path(x, rate):
-    """Stochastic depth: zero the whole branch of an image with probability `rate`, scale the others up."""
+def stochastic_depth(x, rate):
+    """Zero the whole branch of an image with probability `rate`, scale the others up."""
     if rate == 0:
         return x
-    keep = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - rate)
-    return x * (keep / (1 - rate))
+    survives = x.new_empty(x.shape[0], 1, 1).bernoulli_(1 - rate)
+    return x * (survives / (1 - rate))
 
 
 class Block(nn.Module):
@@ -249,8 +222,8 @@ class Block(nn.Module):
 
     def forward(self, x, stochastic=True):
         rate = self.drop_path if self.training and stochastic else 0.0
-        x = x + drop_path(self.scale1 * self.attn(self.norm1(x)), rate)                  # (B, n, D)
-        x = x + drop_path(self.scale2 * self.mlp(self.norm2(x)), rate)                   # (B, n, D)
+        x = x + stochastic_depth(self.scale1 * self.attn(self.norm1(x)), rate)                  # (B, n, D)
+        x = x + stochastic_depth(self.scale2 * self.mlp(self.norm2(x)), rate)                   # (B, n, D)
         return x
 
 
@@ -281,8 +254,8 @@ class RegressorBlock(nn.Module):
         memory = torch.cat([z_visible, q], dim=1)                                        # (B, Nv + Nm, R)
         positions = torch.cat([p_visible, p_masked], dim=1)                              # (B, Nv + Nm, R)
         attended = self.attn(self.norm_q(q + p_masked), self.norm_k(memory + positions), self.norm_v(memory))
-        q = self.norm2(q + drop_path(self.scale1 * attended, rate))                      # (B, Nm, R)
-        return q + drop_path(self.scale2 * self.mlp(q), rate)                            # (B, Nm, R)
+        q = self.norm2(q + stochastic_depth(self.scale1 * attended, rate))                      # (B, Nm, R)
+        return q + stochastic_depth(self.scale2 * self.mlp(q), rate)                            # (B, Nm, R)
 
 
 def depth_rates(rate, depth):
@@ -299,7 +272,7 @@ class CAEConfig:
     """Everything that decides the shape of a model and its loss. Raises ValueError for what cannot work."""
 
     method: Literal["cae-v2", "cae"] = "cae-v2"
-    """The objective: CLIP latents (cae-v2), or codes or pixels behind a decoder (cae)."""
+    """What is predicted: CLIP latents (cae-v2), or codes or pixels behind a decoder (cae)."""
     image_size: int = 224
     """Side of the square training images, in pixels."""
     patch_size: int = 16
@@ -407,7 +380,7 @@ SIZES = {
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Encoder, regressor, and the two objectives.
+# The parts of the papers: encoder, regressor, decoder (CAE) or head (CAE v2), and the two losses.
 
 
 class Encoder(nn.Module):
@@ -468,60 +441,14 @@ class Regressor(nn.Module):
         return self.norm(q)                                                              # (B, Nm, R)
 
 
-class CLIPObjective(nn.Module):
-    """CAE v2: one shared head maps tokens to CLIP's space; the loss is 1 - cosine to CLIP's latent of the same token.
+class Decoder(nn.Module):
+    """The decoder G of CAE (CAE section "Decoder"): targets of the masked patches, from their regressed latents alone.
 
-    `supervise` says which tokens count: both (released: one mean over the class token, visible and masked patches),
-    visible (class token and visible patches; the regressor is not run), or masked.
+    Without blocks (an ablation of the paper) the LayerNorm and the linear layer remain.
     """
-
-    needs_alignment = False
 
     def __init__(self, config):
         super().__init__()
-        self.needs_visible = config.supervise != "masked"
-        self.needs_regressor = config.supervise != "visible"
-        self.norm = nn.LayerNorm(config.regressor_dim, eps=LN_EPS)
-        self.head = nn.Linear(config.regressor_dim, config.target_dim)
-
-    def predict(self, z):
-        """Latents (B, n, R) -> predictions in CLIP's space (B, n, C), of length 1."""
-        return F.normalize(self.head(self.norm(z)).float(), dim=-1)
-
-    def forward(self, z_visible, z_masked, z_target, visible, masked, target, grid):
-        parts, index = [], []
-        if self.needs_visible:
-            parts += [z_visible]                                                         # (B, 1 + Nv, R)
-            index += [torch.zeros_like(visible[:, :1]), 1 + visible]                     # the target's class token is 0
-        if self.needs_regressor:
-            parts += [z_masked]                                                          # (B, Nm, R)
-            index += [1 + masked]
-        prediction = self.predict(torch.cat(parts, dim=1))                               # (B, n, C)
-        target = F.normalize(take(target, torch.cat(index, dim=1)).float(), dim=-1)      # (B, n, C)
-        distance = 1 - (prediction * target).sum(dim=-1)                                 # (B, n)
-        losses = {"loss": distance.mean()}
-        if self.needs_visible:
-            losses["loss_cls"] = distance[:, 0].mean()
-            losses["loss_visible"] = distance[:, 1 : 1 + visible.shape[1]].mean()
-        if self.needs_regressor:
-            losses["loss_masked"] = distance[:, -masked.shape[1] :].mean()
-        return losses
-
-
-class ReconstructionObjective(nn.Module):
-    """CAE, equation 1: reconstruct_weight * reconstruction + lambda * alignment of the regressed latents.
-
-    The decoder G sees the latents of the masked patches only. int64 targets are codes (cross-entropy), floats are
-    pixels (mean squared error). Alignment: MSE to the encoder's own latents of the masked patches, without gradient.
-    """
-
-    needs_visible = False
-    needs_regressor = True
-
-    def __init__(self, config):
-        super().__init__()
-        self.align_weight, self.reconstruct_weight = config.align_weight, config.reconstruct_weight
-        self.needs_alignment = config.align_weight > 0
         width = config.regressor_dim
         self.positions = Positions(config.grid, width)
         self.blocks = nn.ModuleList(
@@ -531,17 +458,43 @@ class ReconstructionObjective(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LN_EPS)
         self.head = nn.Linear(width, config.target_dim)
 
-    def decode(self, z, index, grid):
-        """Latents (B, n, R) of the patches at index (B, n) -> logits or pixels (B, n, C)."""
+    def forward(self, z, index, grid):
+        """z (B, n, R) of the patches at index (B, n) -> logits of codes, or pixels, (B, n, C)."""
         x = z + self.positions(grid)[index]                                              # (B, n, R)
         for block in self.blocks:
-            x = block(x)
+            x = block(x)                                                                 # (B, n, R)
         return self.head(self.norm(x))                                                   # (B, n, C)
 
-    def forward(self, z_visible, z_masked, z_target, visible, masked, target, grid):
+
+class CLIPHead(nn.Module):
+    """The head of CAE v2, the same for the class token, visible and masked patches: from latents to CLIP's space."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm = nn.LayerNorm(config.regressor_dim, eps=LN_EPS)
+        self.linear = nn.Linear(config.regressor_dim, config.target_dim)
+
+    def forward(self, z):
+        """z (B, n, R) -> (B, n, C), float32, of length 1."""
+        return F.normalize(self.linear(self.norm(z)).float(), dim=-1)                    # (B, n, C)
+
+
+class CAELoss(nn.Module):
+    """CAE, equation 1: reconstruct_weight * reconstruction + lambda * alignment of the regressed latents.
+
+    Reconstruction: int64 targets are codes (cross-entropy), floats are pixels (mean squared error). Alignment: mean
+    squared error to the encoder's own latents of the masked patches. A part of weight 0 is not computed.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.reconstruct_weight, self.align_weight = config.reconstruct_weight, config.align_weight
+
+    def forward(self, prediction, z_masked, z_target, target, masked):
+        """prediction (B, Nm, C), z_masked and z_target (B, Nm, R), target (B, N) or (B, N, C), masked (B, Nm)."""
         losses = {}
         if self.reconstruct_weight > 0:
-            prediction = self.decode(z_masked, masked, grid).float()                     # (B, Nm, C)
+            prediction = prediction.float()                                              # (B, Nm, C)
             if target.dtype == torch.int64:
                 codes = target.gather(1, masked)                                         # (B, Nm)
                 loss = F.cross_entropy(prediction.flatten(0, 1), codes.flatten())
@@ -551,6 +504,35 @@ class ReconstructionObjective(nn.Module):
         if self.align_weight > 0:
             losses["loss_align"] = self.align_weight * F.mse_loss(z_masked.float(), z_target.float())
         return {"loss": sum(losses.values()), **losses}
+
+
+class CAEv2Loss(nn.Module):
+    """CAE v2: 1 - cosine to CLIP's latent of the same token.
+
+    `supervise` says which tokens count: both (released: one mean over the class token, visible and masked patches),
+    visible (class token and visible patches), or masked.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.supervise = config.supervise
+
+    def forward(self, prediction, target, visible, masked):
+        """prediction (B, n, C) of length 1, of the tokens that count; target (B, 1 + N, C), class token first."""
+        index = []
+        if self.supervise != "masked":
+            index += [torch.zeros_like(visible[:, :1]), 1 + visible]                     # the target's class token is 0
+        if self.supervise != "visible":
+            index += [1 + masked]
+        target = F.normalize(take(target, torch.cat(index, dim=1)).float(), dim=-1)      # (B, n, C)
+        distance = 1 - (prediction * target).sum(dim=-1)                                 # (B, n)
+        losses = {"loss": distance.mean()}
+        if self.supervise != "masked":
+            losses["loss_cls"] = distance[:, 0].mean()
+            losses["loss_visible"] = distance[:, 1 : 1 + visible.shape[1]].mean()
+        if self.supervise != "visible":
+            losses["loss_masked"] = distance[:, -masked.shape[1] :].mean()
+        return losses
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -565,7 +547,7 @@ class CAE(
     tags=["masked-image-modeling", "self-supervised-learning", "vision-transformer"],
     pipeline_tag="image-feature-extraction",
 ):
-    """Context autoencoder: encoder -> regressor -> objective. `config` is a CAEConfig.
+    """Context autoencoder: encoder -> regressor -> decoder (CAE) or head (CAE v2) -> loss. `config` is a CAEConfig.
 
     from_pretrained, save_pretrained and push_to_hub are huggingface_hub's: config.json beside model.safetensors.
     """
@@ -580,13 +562,17 @@ class CAE(
             self.to_regressor.append(nn.Linear(config.dim, config.regressor_dim))
             self.to_regressor.append(nn.LayerNorm(config.regressor_dim, eps=LN_EPS))
         self.regressor = Regressor(config)
-        self.objective = CLIPObjective(config) if config.method == "cae-v2" else ReconstructionObjective(config)
+        if config.method == "cae":
+            self.decoder, self.loss = Decoder(config), CAELoss(config)
+        else:
+            self.head, self.loss = CLIPHead(config), CAEv2Loss(config)
         init_weights(self)
         # What no loss reaches takes no gradient, so that neither DDP nor the optimizer waits for it.
-        if not self.objective.needs_regressor:
+        if config.method == "cae-v2" and config.supervise == "visible":
             self.regressor.requires_grad_(False)
         if config.method == "cae" and config.reconstruct_weight == 0:
-            self.objective.requires_grad_(False)
+            self.decoder.requires_grad_(False)
+        self.register_load_state_dict_pre_hook(_rename_former)
 
     def forward(self, images, visible, masked, target):
         """The losses of one batch, as scalar tensors: "loss" and its parts.
@@ -596,14 +582,22 @@ class CAE(
         cae-v2: loss_cls, loss_visible, loss_masked, each the mean over its own tokens. cae: loss_reconstruct and
         loss_align, as weighted in the sum. A part that `supervise` or a zero weight excludes is not computed.
         """
-        objective, grid = self.objective, patch_grid(images, self.config.patch_size)
+        config, grid = self.config, patch_grid(images, self.config.patch_size)
         z_visible = self.latents(images, visible)                                        # (B, 1 + Nv, R)
-        z_masked = z_target = None
-        if objective.needs_regressor:
+        z_masked = z_target = prediction = None
+        if config.method == "cae" or config.supervise != "visible":
             z_masked = self.regressor(z_visible[:, 1:], visible, masked, grid)           # (B, Nm, R)
-        if objective.needs_alignment:
-            z_target = self.alignment_target(images, masked)                             # (B, Nm, R)
-        return objective(z_visible, z_masked, z_target, visible, masked, target, grid)
+
+        if config.method == "cae":
+            if config.align_weight > 0:
+                z_target = self.alignment_target(images, masked)                         # (B, Nm, R)
+            if config.reconstruct_weight > 0:
+                prediction = self.decoder(z_masked, masked, grid)                        # (B, Nm, C)
+            return self.loss(prediction, z_masked, z_target, target, masked)
+
+        supervised = {"visible": [z_visible], "masked": [z_masked], "both": [z_visible, z_masked]}[config.supervise]
+        prediction = self.head(torch.cat(supervised, dim=1))                             # (B, n, C)
+        return self.loss(prediction, target, visible, masked)
 
     def latents(self, images, index, stochastic=True):
         """The encoder's latents of the patches at index (B, n), as wide as the regressor: (B, 1 + n, R)."""
@@ -645,563 +639,21 @@ def init_weights(model):
         nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
 
 
-# ----------------------------------------------------------------------------------------------------------------
-# Import: checkpoints of the released code.
-
-# Our name -> the released one, applied in this order.
-_RENAME = [
-    (r"^encoder\.patch_embed\.", "encoder.patch_embed.proj."),
-    (r"^encoder\.class_token$", "encoder.cls_token"),
-    (r"^to_regressor\.0\.", "encoder_to_regresser."),
-    (r"^to_regressor\.1\.", "encoder_to_regresser_norm."),
-    (r"^regressor\.mask_token$", "mask_token"),
-    (r"^regressor\.(.*)\.norm_([qkv])\.", r"regressor.\1.norm1_\2."),
-    (r"^regressor\.(.*)\.norm2\.", r"regressor.\1.norm2_cross."),
-    (r"^regressor\.(.*)\.attn\.([qv])\.bias$", r"regressor.\1.cross_attn.\2_bias"),
-    (r"^regressor\.(.*)\.attn\.", r"regressor.\1.cross_attn."),
-    (r"^regressor\.(.*)\.mlp\.", r"regressor.\1.mlp_cross."),
-    (r"^regressor\.(.*)\.scale([12])$", r"regressor.\1.gamma_\2_cross"),
-    (r"^regressor\.blocks\.", "regressor.regressor_blocks."),
-    (r"^regressor\.", "regresser."),
-    (r"^objective\.blocks\.", "decoder.decoder_blocks."),
-    (r"^objective\.", "decoder."),
-    (r"\.scale([12])$", r".gamma_\1"),
-]
+# Weights saved when decoder (CAE) and head (CAE v2) were both called "objective" load as ever.
+_FORMER = {"decoder.": "objective.", "head.norm.": "objective.norm.", "head.linear.": "objective.head."}
 
 
-def released_name(name):
-    """The name of a parameter here -> its name in the released code."""
-    for pattern, replacement in _RENAME:
-        name = re.sub(pattern, replacement, name)
+def former_name(name):
+    """The name of a parameter -> the one under which older files hold it; most have the same."""
+    for start, former in _FORMER.items():
+        if name.startswith(start):
+            return former + name.removeprefix(start)
     return name
 
 
-def load_official(path_or_state_dict, **overrides):
-    """A CAE from a checkpoint of the released code, v1 or v2.
-
-    Args: path_or_state_dict, a .pth or .safetensors file, `owner/name::path/in/repo` on the Hub, or the dict itself,
-    bare or as {"model": ...}; overrides, CAEConfig fields that the tensors cannot tell (heads, regressor_heads,
-    align_weight, ...). Method, widths and depths are read from the tensors; heads default by SIZES.
-    A file with nothing but the encoder, or without class token and final LayerNorm, gives a model whose other parts
-    are freshly initialised. What was assumed or freshly initialised is logged as a warning.
-    Pickles are read with weights_only=True: nothing in them is executed.
-    Raises: ValueError naming the missing, surplus or ill-shaped tensors of a damaged or unrelated file;
-    FileNotFoundError.
-    """
-    source = path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else "the state dict"
-    released = {name.removeprefix("module."): tensor for name, tensor in _read_official(path_or_state_dict).items()}
-    config, assumed = _config_of(released, source, overrides)
-    model = CAE(config)
-    state = model.state_dict()
-    names = {released_name(name): name for name in state}
-    # A part may be absent as a whole, never in pieces.
-    fresh = {
-        "class token and final LayerNorm": ("encoder.cls_token", "encoder.norm."),
-        "regressor and objective": ("encoder_to_regresser", "mask_token", "regresser.", "decoder."),
-    }
-    fresh = {part: start for part, start in fresh.items() if not any(name.startswith(start) for name in released)}
-    expected = [name for name in names if not name.startswith(tuple(itertools.chain(*fresh.values())))]
-    # In released files, but nothing to load: the encoder's aliased copy, the fixed positions, and in v2 a LayerNorm
-    # that is never applied.
-    idle = r"alignment_encoder\..*|encoder\.pos_embed|rd_pos_embed"
-    idle += r"|regresser\.norm\..*" if config.method == "cae-v2" else ""
-    shapes = {name: state[names[name]].shape for name in expected}
-    shapes["encoder.patch_embed.proj.weight"] = (config.dim, 3, config.patch_size, config.patch_size)
-    problems = {
-        "missing": [name for name in expected if name not in released],
-        "surplus": [name for name in released if name not in names and not re.fullmatch(idle, name)],
-        "of another shape": [
-            f"{name} {tuple(released[name].shape)} instead of {tuple(shape)}"
-            for name, shape in shapes.items()
-            if name in released and released[name].shape != shape
-        ],
-    }
-    if any(problems.values()):
-        listed = "; ".join(f"{kind}: {', '.join(sorted(found))}" for kind, found in problems.items() if found)
-        raise ValueError(f"{source} is not a whole checkpoint of {config.method}: {listed}")
-    loaded = {names[name]: released[name].reshape(state[names[name]].shape) for name in expected}
-    model.load_state_dict({**state, **loaded})
-    if assumed:
-        logger.warning("%s: assumed %s; pass them as keywords if they are others", source, ", ".join(assumed))
-    if fresh:
-        logger.warning("%s has no %s: freshly initialised", source, " and no ".join(fresh))
-    return model.eval()
-
-
-BAD_PICKLE = "it is damaged, or holds more than tensors and plain data; nothing in it was executed"
-
-
-def _read_official(source):
-    """Path, Hub path or dict -> {released name: tensor}. Raises ValueError or FileNotFoundError."""
-    state, path = source, str(source)
-    if isinstance(source, (str, Path)):
-        if "::" in path:
-            try:
-                path = hf_hub_download(*path.split("::", 1))
-            except (HfHubHTTPError, OSError, ValueError) as error:
-                raise FileNotFoundError(f"{source} cannot be had from the Hub: {error}") from error
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"checkpoint {path} does not exist")
-        try:
-            if path.endswith(".safetensors"):
-                state = load_file(path)
-            else:  # released training checkpoints also pickle their argparse.Namespace, which is plain data
-                with torch.serialization.safe_globals([argparse.Namespace]):
-                    state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged pickle can fail in any way, down to struct.error and IndexError
-            raise ValueError(f"{path} cannot be read as a checkpoint: {BAD_PICKLE}") from error
-    state = state.get("model", state) if isinstance(state, dict) else state
-    named = isinstance(state, dict) and all(isinstance(name, str) for name in state)
-    if not named or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
-        raise ValueError(f"{path if state is not source else 'the argument'} holds no state dict of tensors")
-    return state
-
-
-def _config_of(released, source, overrides):
-    """CAEConfig read from the shapes of the released tensors, and the list of what had to be assumed."""
-    ranks = {"encoder.patch_embed.proj.weight": 4, "encoder.pos_embed": 3, "mask_token": 3, "decoder.head.weight": 2}
-    for name, rank in ranks.items():
-        if name in released and released[name].ndim != rank:
-            raise ValueError(f"{source}: {name} is {tuple(released[name].shape)}, it must have {rank} dimensions")
-    if "encoder.patch_embed.proj.weight" not in released:
-        raise ValueError(
-            f"{source} is not a checkpoint of CAE or CAE v2: encoder.patch_embed.proj.weight is missing; "
-            f"it holds {', '.join(list(released)[:5]) or 'nothing'}{', ...' if len(released) > 5 else ''}"
-        )
-
-    def depth(prefix):
-        numbers = [name[len(prefix) :].split(".")[0] for name in released if name.startswith(prefix)]
-        return max((int(n) for n in numbers if n.isdigit()), default=-1) + 1
-
-    dim, _, patch_size, _ = released["encoder.patch_embed.proj.weight"].shape
-    head, decoder_depth = released.get("decoder.head.weight"), depth("decoder.decoder_blocks.")
-    # Without decoder blocks (the ablation of the paper), v1 is told by its alignment encoder or its 8192 codes.
-    aliased = any(name.startswith("alignment_encoder.") for name in released)
-    is_v1 = decoder_depth > 0 or aliased or (head is not None and len(head) == 8192)
-    read = {"method": "cae" if is_v1 else "cae-v2"}
-    # The table's row of this width gives what shapes cannot.
-    size = next((name for name in SIZES if SIZES[name]["encoder"]["dim"] == dim), None)
-    table = dataclasses.asdict(CAEConfig.from_size(size, overrides.get("method", read["method"]))) if size else {}
-    read |= {"dim": dim, "patch_size": patch_size, "depth": depth("encoder.blocks.")}
-    guessed = {"heads": table.get("heads", max(dim // 64, 1))}
-    if table and table["depth"] != read["depth"]:  # LW-DETR's encoders are cut short, a damaged file may be too
-        logger.warning("%s has %d encoder blocks, %s has %d", source, read["depth"], size, table["depth"])
-    if "encoder.pos_embed" in released:
-        read["image_size"] = math.isqrt(max(released["encoder.pos_embed"].shape[1] - 1, 0)) * patch_size
-    else:
-        guessed["image_size"] = 14 * patch_size
-    if "mask_token" in released:
-        width = released["mask_token"].shape[-1]
-        read |= {"regressor_dim": width, "decoder_depth": decoder_depth}
-        read["regressor_depth"] = depth("regresser.regressor_blocks.")
-        same = table.get("regressor_dim") == width
-        guessed["regressor_heads"] = table["regressor_heads"] if same else max(width // 64, 1)
-        if head is not None:
-            read["target_dim"] = len(head)
-    else:  # nothing of the pretraining side is in the file: the table's, or as wide as the encoder
-        guessed |= {"method": read.pop("method")}
-        read |= {"regressor_dim": dim, "regressor_heads": overrides.get("heads", guessed["heads"])}
-        names = ("regressor_dim", "regressor_depth", "regressor_heads", "decoder_depth", "target_dim")
-        read |= {name: table[name] for name in names if name in table}
-    if "layer_scale" in table:
-        read["layer_scale"] = table["layer_scale"]
-    assumed = [f"{name}={value}" for name, value in guessed.items() if name not in overrides]
-    return CAEConfig(**{**read, **guessed, **overrides}), assumed
-
-
-def load_model(checkpoint):
-    """A CAE in eval mode from whatever holds one.
-
-    Args: checkpoint, a run folder, its model/ folder, an id on the Hub, or for `load_official` a file of the released
-    code, also as `owner/name::path/in/repo`.
-    Raises: FileNotFoundError for what does not exist, ValueError for what is damaged or no CAE.
-    """
-    name, path = str(checkpoint), Path(checkpoint).expanduser()
-    if "::" in name or path.is_file():
-        return load_official(name if "::" in name else path)
-    accepted = "a run folder, a model/ folder, an id on the Hub or a released .pth"
-    if path.is_dir():
-        path = path / "model" if (path / "model").is_dir() else path
-        config = path / "config.json"
-        if not config.is_file():
-            raise FileNotFoundError(f"{path} holds no config.json: it is no model; give {accepted}")
-    else:
-        if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise FileNotFoundError(f"{name} does not exist: give {accepted}")
-        try:
-            path, config = name, hf_hub_download(name, "config.json")
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = textwrap.shorten(str(error), 200)
-            raise FileNotFoundError(f"{name} is no file or folder, nor to be had from the Hub: {reason}") from error
-    try:
-        fields = json.loads(Path(config).read_text())
-    except ValueError as error:
-        raise ValueError(f"{name} is damaged: its config.json is not JSON") from error
-    fields = fields if isinstance(fields, dict) else {}
-    if "args" in fields:
-        raise ValueError(f"{name} is a run folder without a model/ yet: it appears with the run's first checkpoint")
-    if "method" not in fields:
-        raise ValueError(f"{name} is no CAE: its config.json names no method; give {accepted}")
-    try:
-        with redirect_stdout(io.StringIO()):  # huggingface_hub prints
-            return CAE.from_pretrained(path)  # in eval mode
-    except (pickle.UnpicklingError, EOFError) as error:  # of the Hub, where no model.safetensors is
-        raise ValueError(f"{name} cannot be loaded: {BAD_PICKLE}") from error
-    except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
-        reason = textwrap.shorten(str(error), 400)
-        raise ValueError(f"{name} cannot be loaded: it is damaged or incomplete ({reason})") from error
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# Export: the encoder in other libraries. BEiT, timm and LW-DETR keep positions as a table, hence for one square size.
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def to_beit(model, image_size=None):
-    """The encoder as a transformers.BeitModel, in eval mode, with identical outputs at this image size.
-
-    The encoder is exactly a BEiT with absolute positions, no relative bias, LayerScale, no mean pooling and a
-    LayerNorm eps of 1e-6. Square sizes only: BEiT's configuration knows no other.
-    Args: image_size, in pixels (None: the model's own). Raises: ValueError for a size that the patch does not divide.
-    """
-    from transformers import BeitConfig, BeitModel
-
-    config, encoder = model.config, model.encoder
-    size = square_size(model, image_size)
-    beit = BeitModel(
-        BeitConfig(
-            hidden_size=config.dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            intermediate_size=4 * config.dim,
-            hidden_act="gelu",
-            layer_norm_eps=LN_EPS,
-            image_size=size,
-            patch_size=config.patch_size,
-            use_absolute_position_embeddings=True,
-            use_relative_position_bias=False,
-            use_shared_relative_position_bias=False,
-            use_mask_token=False,
-            use_mean_pooling=False,
-            layer_scale_init_value=config.layer_scale or 1.0,  # with 0, BEiT has none
-            drop_path_rate=config.drop_path,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        ),
-        add_pooling_layer=False,
-    )
-    state = {
-        "embeddings.cls_token": encoder.class_token,
-        "embeddings.position_embeddings": position_table(encoder, size),
-        "embeddings.patch_embeddings.projection.weight": patch_kernel(encoder),
-        "embeddings.patch_embeddings.projection.bias": encoder.patch_embed.bias,
-        "layernorm.weight": encoder.norm.weight,
-        "layernorm.bias": encoder.norm.bias,
-    }
-    for i, block in enumerate(encoder.blocks):
-        state.update({f"layers.{i}.{name}": tensor for name, tensor in block_state(block, "lambda", "mlp").items()})
-    beit.load_state_dict(state)
-    return beit.eval()
-
-
-def to_timm(model, image_size=None):
-    """The encoder as a state dict for timm's `Beit`, built with `timm_arguments` of the same size.
-
-    Its `forward_features` is then `encode`; qkv and its two biases lie there as they do here. Arguments and errors as
-    `to_beit`'s.
-    """
-    # timm's BEiT and the released code go back to the same one, and have its names in common.
-    state = {released_name(f"encoder.{name}"): tensor for name, tensor in model.encoder.state_dict().items()}
-    state = {name.removeprefix("encoder."): tensor.clone() for name, tensor in state.items()}
-    state["patch_embed.proj.weight"] = patch_kernel(model.encoder).detach().clone()
-    state["pos_embed"] = position_table(model.encoder, square_size(model, image_size))
-    return state
-
-
-def timm_arguments(model, image_size=None):
-    """Keywords of `timm.models.beit.Beit` that `to_timm` needs; all others are timm's defaults."""
-    config = model.config
-    return {
-        "img_size": square_size(model, image_size),
-        "patch_size": config.patch_size,
-        "embed_dim": config.dim,
-        "depth": config.depth,
-        "num_heads": config.heads,
-        "qkv_bias": True,
-        "mlp_ratio": 4.0,
-        "init_values": config.layer_scale or 1.0,  # with 0, timm has no LayerScale
-        "use_abs_pos_emb": True,
-        "use_rel_pos_bias": False,
-        "num_classes": 0,
-        "global_pool": "token",  # with "avg" the final LayerNorm would move behind the pooling
-    }
-
-
-def to_onnx(model, path):
-    """Write the encoder as an ONNX graph: "images" (B, 3, H, W), float32 -> "tokens" (B, 1 + N, D), as `encode`.
-
-    B, H and W are free, but for H and W being multiples of the patch: positions are computed in the graph. It is one
-    file up to 2 GB; larger weights lie beside it. Raises: ImportError without the packages onnx and onnxscript.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise ImportError(f"{error.name} is not installed, and ONNX needs it: pip install onnx onnxscript") from error
-
-    encoder = copy.deepcopy(model.encoder).cpu().eval()
-    encoder.positions.grid = None  # no grid has a table, or tracing would exclude the one that has
-    patch = model.config.patch_size
-    rows, columns = torch.export.Dim("rows"), torch.export.Dim("columns")
-    program = torch.onnx.export(
-        encoder,
-        (torch.zeros(2, 3, 3 * patch, 5 * patch),),  # any numbers but 1, which would be taken as fixed
-        dynamic_shapes=({0: torch.export.Dim("batch"), 2: patch * rows, 3: patch * columns},),
-        input_names=["images"],
-        output_names=["tokens"],
-        dynamo=True,
-        verbose=False,
-    )
-    program.save(path)
-
-
-def to_lw_detr(model, image_size=None):
-    """The encoder as the backbone of LW-DETR, a transformers.LwDetrViTBackbone in eval mode.
-
-    LW-DETR has no class token and no final LayerNorm; its feature map (B, D, H / P, W / P) is the last block's output
-    with the patches alone as input. Attention is global: one window. (Windows are for who loads it, with the keywords
-    num_windows=16, num_windows_side=4, window_block_indices=[...].) At other sizes than this one it interpolates its
-    table of positions, where `encode` computes them anew. Arguments and errors as `to_beit`'s.
-    """
-    from transformers import LwDetrViTBackbone, LwDetrViTConfig
-
-    config, encoder = model.config, model.encoder
-    size = square_size(model, image_size)
-    backbone = LwDetrViTBackbone(
-        LwDetrViTConfig(
-            hidden_size=config.dim,
-            num_hidden_layers=config.depth,
-            num_attention_heads=config.heads,
-            mlp_ratio=4,
-            hidden_act="gelu",
-            layer_norm_eps=LN_EPS,
-            image_size=size,
-            pretrain_image_size=size,  # the table's
-            patch_size=config.patch_size,
-            qkv_bias=True,  # of q and v: its keys never have one
-            use_absolute_position_embeddings=True,
-            cae_init_values=config.layer_scale,
-            dropout_prob=0.0,
-            num_windows=1,
-        )
-    )
-    state = {
-        "embeddings.position_embeddings": position_table(encoder, size),
-        "embeddings.projection.weight": patch_kernel(encoder),
-        "embeddings.projection.bias": encoder.patch_embed.bias,
-    }
-    for i, block in enumerate(encoder.blocks):
-        layer = block_state(block, "gamma", "intermediate")
-        state.update({f"encoder.layer.{i}.{name}": tensor for name, tensor in layer.items()})
-    backbone.load_state_dict(state)
-    return backbone.eval()
-
-
-def square_size(model, image_size=None):
-    """Side of a square image in pixels (None: the model's own). Raises ValueError unless the patch divides it."""
-    patch, size = model.config.patch_size, model.config.image_size if image_size is None else image_size
-    if not isinstance(size, int) or size <= 0 or size % patch:
-        raise ValueError(f"image_size is {size}: it must be one number, a side that the patch of {patch} divides")
-    return size
-
-
-def position_table(encoder, size):
-    """Positions of a square image of `size` pixels, (1, 1 + N, D), zero for the class token."""
-    return F.pad(encoder.positions((size // encoder.patch_size,) * 2), (0, 0, 1, 0))[None]
-
-
-def patch_kernel(encoder):
-    """The patch embedding as the kernel of a convolution, (D, 3, P, P)."""
-    return rearrange(encoder.patch_embed.weight, "d (c p q) -> d c p q", c=3, p=encoder.patch_size).contiguous()
-
-
-def block_state(block, scale, mlp):
-    """A block's state dict by transformers' names; `scale` and `mlp`: what the model there calls LayerScale and MLP."""
-    q, k, v = block.attn.qkv.weight.chunk(3)
-    state = {
-        "attention.q_proj.weight": q,
-        "attention.q_proj.bias": block.attn.q_bias,
-        "attention.k_proj.weight": k,
-        "attention.v_proj.weight": v,
-        "attention.v_proj.bias": block.attn.v_bias,
-        f"{scale}_1": block.scale1,
-        f"{scale}_2": block.scale2,
-    }
-    for theirs, ours in {
-        "attention.o_proj": block.attn.proj,
-        "layernorm_before": block.norm1,
-        "layernorm_after": block.norm2,
-        f"{mlp}.fc1": block.mlp.fc1,
-        f"{mlp}.fc2": block.mlp.fc2,
-    }.items():
-        state[f"{theirs}.weight"], state[f"{theirs}.bias"] = ours.weight, ours.bias
-    return state
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# python cae.py export. Each function that writes a folder reads it back and returns pairs of what it computes and what
-# the CAE computes from the same random images: none where the library to read it is not installed.
-
-
-@dataclass
-class Export:
-    """Write the encoder of a checkpoint in the form of another library, and measure how exact it is."""
-
-    checkpoint: str
-    """Run folder; model/ folder; Hub id; released .pth, also owner/name::path."""
-    to: Literal["beit", "timm", "onnx", "lw-detr"]
-    """transformers' BEiT; timm's Beit; an ONNX graph for any image size; the backbone of transformers' LW-DETR."""
-    output: str
-    """Folder to write: a new one, or an empty one."""
-    image_size: int | None = None
-    """Side of the square images that the positions are for, in pixels; an ONNX graph is only measured at it. Left out:
-    the checkpoint's own."""
-
-
-def write_beit(model, folder, size):
-    from transformers import BeitImageProcessor
-
-    beit = save_and_read_back(to_beit(model, size), folder)
-    side = {"height": size, "width": size}
-    BeitImageProcessor(
-        size=side, crop_size=side, resample=3, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD  # 3: bicubic
-    ).save_pretrained(folder)
-    images = random_images(2, size, size)
-    return [(beit(images).last_hidden_state, model.encode(images))]
-
-
-def write_timm(model, folder, size):
-    save_file(to_timm(model, size), folder / "model.safetensors")
-    config = {
-        "architecture": "beit_base_patch16_224",  # timm's name for the class: model_args has the last word
-        "num_classes": 0,
-        "model_args": timm_arguments(model, size),
-        "pretrained_cfg": {
-            "num_classes": 0,
-            "input_size": (3, size, size),
-            "interpolation": "bicubic",
-            "crop_pct": 1.0,
-            "mean": IMAGENET_MEAN,
-            "std": IMAGENET_STD,
-        },
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    return []
-
-
-def write_onnx(model, folder, size):
-    to_onnx(model, folder / "model.onnx")
-    try:
-        import onnxruntime
-    except ImportError:
-        return []
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    pairs = []
-    for images in (random_images(2, size, size), random_images(1, size, size + model.config.patch_size)):
-        (tokens,) = session.run(["tokens"], {"images": images.numpy()})
-        pairs.append((torch.from_numpy(tokens), model.encode(images)))
-    return pairs
-
-
-def write_lw_detr(model, folder, size):
-    backbone, encoder = save_and_read_back(to_lw_detr(model, size), folder), model.encoder
-    images = random_images(2, size, size)
-    x = encoder.patch_embed(patchify(images, encoder.patch_size)) + position_table(encoder, size)[:, 1:]
-    for block in encoder.blocks:
-        x = block(x)
-    (features,) = backbone(images).feature_maps                                          # (B, D, rows, columns)
-    return [(features.flatten(2).mT, x)]
-
-
-def save_and_read_back(network, folder):
-    """save_pretrained, then from_pretrained, without progress bars."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    network.save_pretrained(folder)
-    return type(network).from_pretrained(folder).eval()
-
-
-def random_images(batch, height, width):
-    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
-
-
-@torch.no_grad()
-def export(args):
-    """Write the folder that `args`, an Export, asks for, and print one line about it.
-
-    The folder gets its name when it is complete and measured, or never.
-    Raises: ValueError, OSError, ImportError, with one line, for what `args` ask for; RuntimeError if the folder, read
-    back, computes something else than the checkpoint.
-    """
-    output = Path(args.output).expanduser().resolve()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise FileExistsError(f"--output {args.output} exists and is no empty folder: name another, or remove it")
-    model = load_model(args.checkpoint)
-    size = square_size(model, args.image_size)
-    if not model.encode(random_images(1, size, size)).isfinite().all():
-        raise ValueError(f"--checkpoint {args.checkpoint} is damaged: what it computes is not finite")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        aside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
-    except OSError as error:
-        raise OSError(f"--output {args.output} cannot be written: {error.strerror}") from error
-    with aside:
-        folder = Path(aside.name) / output.name
-        folder.mkdir()
-        write = {"beit": write_beit, "timm": write_timm, "onnx": write_onnx, "lw-detr": write_lw_detr}[args.to]
-        pairs = write(model, folder, size)
-        difference = max(((theirs - ours).abs().max().item() for theirs, ours in pairs), default=0.0)
-        scale = max((ours.abs().max().item() for _, ours in pairs), default=0.0)
-        if not difference <= 1e-3 * max(scale, 1.0):  # rounding is a thousandth of this
-            raise RuntimeError(f"read back, the {args.to} of {args.checkpoint} is {difference:.1e} off: not written")
-        for path in (*folder.rglob("*"), folder):
-            fsync(path)
-        folder.rename(output)
-        fsync(output.parent)
-    wrote = {"beit": "a transformers BeitModel", "timm": "weights and arguments of timm's Beit",
-             "onnx": "an ONNX graph, model.onnx", "lw-detr": "a transformers LwDetrViTBackbone"}[args.to]  # fmt: skip
-    if args.to == "timm":
-        found = f'load it with timm.create_model("local-dir:{args.output}", pretrained=True)'
-    elif not pairs:
-        found = "not read back, which needs pip install onnxruntime"
-    else:
-        found = (f"read back, it differs from the checkpoint by {difference:.1e} at most (random images of "
-                 f"{size} x {size} pixels, outputs up to {scale:.1f})")  # fmt: skip
-    print(f"wrote {args.output}, {wrote}: {found}")
-
-
-def fsync(path):
-    """Flush a file, or the entries of a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def main():
-    """Exit code 0: written; 2, with one line: what was asked for cannot be done."""
-    import tyro
-
-    args = tyro.extras.subcommand_cli_from_dict({"export": Export}, description=__doc__.partition("\n\n")[0])
-    try:
-        export(args)
-    except (ValueError, OSError, ImportError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # one line, also of a library's error
-        sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()
+def _rename_former(model, state_dict, prefix, *_):
+    """Hook of CAE that load_state_dict calls first."""
+    for name, _ in model.named_parameters():
+        former = former_name(name)
+        if former != name and prefix + former in state_dict:
+            state_dict[prefix + name] = state_dict.pop(prefix + former)

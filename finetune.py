@@ -5,95 +5,63 @@
 
     AutoModelForImageClassification.from_pretrained("runs/classify-cae-v2-base-imagenet-1k/model")
 
-Read in this order: arguments and recipes, the model, views, the optimizer's groups, the loop, what is written.
+Read in this order: flags and recipes, the model, the views, the optimizer's groups, the loop, what is written.
 """
 
-import copy
-import json
-import math
-import os
-import re
-import shlex
-import sys
-import time
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Annotated
-
-from train import (  # first: it sets the environment for torch
-    NOT_WRITTEN,
-    REFERENCE,
+from engine.arguments import (
     AutoFloat,
     AutoInt,
     AutoStr,
-    CenterCrop,
     DataArgs,
     LabelArgs,
+    Mark,
     RunArgs,
-    RunError,
-    Stream,
-    all_or_none,
-    command_line,
-    crop_and_flip,
-    default,
-    digest,
-    evaluate,
-    finite,
-    first_line,
-    fit,
+    default_run_dir,
+    fill,
     flat,
-    images_of,
-    learning_rate,
-    length_of_run,
-    load_checkpoint,
-    load_pretrained,
-    make_accelerator,
-    name_run,
-    normalize,
-    open_encoder,
-    open_labelled,
     parse,
-    prepare,
-    prepare_run_dir,
-    publish_files,
-    report_resume,
-    require,
     require_not_negative,
     require_positive,
     require_views,
     resolve_run,
-    start_tracker,
-    take_step,
-    to_device,
-    write_aside,
-    write_config,
 )
+from engine.checkpoints import args_of_run, fingerprint, write_config, write_model_folder
+from engine.errors import RunError, command_line, first_line, require
+from engine.evaluation import PUBLISHED, accuracy, evaluation_batches
+from engine.files import write_text
+from engine.frozen import load_pretrained
+from engine.images import CenterCrop, crop_and_flip, normalize
+from engine.run import Run, length_of_run
+from engine.sources import names_classes, open_labelled
 
-# isort: split
-import datasets
+import copy
+import json
+import math
+import re
+import sys
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from accelerate.utils import gather_object
-from huggingface_hub import HfApi, ModelCard, ModelCardData
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision.transforms import v2
-from transformers import BeitForImageClassification, BeitModel, CLIPImageProcessor
-from transformers.utils import logging as transformers_logging
 
-from cae import IMAGENET_MEAN, IMAGENET_STD, SIZES, sincos_positions, to_beit
+from cae import IMAGENET_MEAN, IMAGENET_STD, SIZES, sincos_positions
+from convert import open_encoder, to_beit
 
 # ----------------------------------------------------------------------------------------------------------------
-# Arguments and recipes. Values of None follow from others.
+# Flags and recipes. Values of None follow from others.
 
 
 @dataclass
 class ModelArgs:
     """The encoder, and what is put on it."""
 
-    checkpoint: AutoStr = None
+    checkpoint: Annotated[AutoStr, Mark.FREE] = None
     """Run folder; model/ folder; Hub id; released .pth; a BEiT folder, such as an earlier result of this script."""
     random_init: Annotated[str | None, tyro.conf.arg(metavar="|".join(SIZES), help_behavior_hint="")] = None
     """An untrained encoder of this size instead: training from scratch."""
@@ -172,7 +140,7 @@ class TuneRun(RunArgs):
 
     epochs: AutoFloat = None
     """Passes over the data. Default: tiny and base 100, small 200, large and huge 50, nano 16."""
-    push_to_hub: AutoStr = None
+    push_to_hub: Annotated[AutoStr, Mark.FREE] = None
     """Hub id to upload model/ to, at the end."""
 
 
@@ -209,29 +177,30 @@ def resolve(args, origin, world=1):
             f"--size {model.size} was asked for, but {origin.name} is {size or 'of no known size'} "
             f"({config.hidden_size} wide, {config.num_hidden_layers} blocks)")
     own = None if origin.classifier is None else "mean" if config.use_mean_pooling else "class"
-    default(model, "pooling", own or "mean")
+    fill(model, "pooling", own or "mean")
     require(model.pooling in ("mean", "class"), f"--pooling is {model.pooling}: it is mean or class")
     require(model.new_head or own in (None, model.pooling),
             f"--pooling {model.pooling}: the classifier of {origin.name} was tuned with {own}: pass --new-head")
     lr, decay, epochs, warmup = RECIPES[method, size or "base"]
     nano, tiny, large = size == "nano", size == "tiny", size in ("large", "huge")
-    default(model, "image_size", config.image_size)
+    fill(model, "image_size", config.image_size)
     require(model.image_size > 0 and model.image_size % config.patch_size == 0,
             f"--image-size {model.image_size} is not divisible by the patch of {config.patch_size} pixels")
-    default(model, "drop_path", 0.0 if nano or tiny else 0.2 if large else 0.1)
-    default(recipe, "lr", lr)
-    default(recipe, "layer_decay", decay)
-    default(recipe, "label_smoothing", 0.0 if tiny else 0.1)
-    default(recipe, "mixup", 0.0 if nano else 0.2 if tiny else 0.8)
-    default(recipe, "cutmix", 0.0 if nano or tiny else 1.0)
-    default(recipe, "randaugment", 0 if nano else 27)
-    default(recipe, "erasing", 0.0 if nano else 0.25)
-    default(recipe, "crop_scale", (0.8, 1.0) if nano else (0.08, 1.0))
-    default(recipe, "crop_ratio", 1.0 if model.image_size <= 64 else 0.875)
-    effective = 32 if nano else 1024 if method == "cae-v2" else 4096
-    resolve_run(data, run, world, batch=128, effective=effective, epochs=float(epochs))
+    fill(model, "drop_path", 0.0 if nano or tiny else 0.2 if large else 0.1)
+    fill(recipe, "lr", lr)
+    fill(recipe, "layer_decay", decay)
+    fill(recipe, "label_smoothing", 0.0 if tiny else 0.1)
+    fill(recipe, "mixup", 0.0 if nano else 0.2 if tiny else 0.8)
+    fill(recipe, "cutmix", 0.0 if nano or tiny else 1.0)
+    fill(recipe, "randaugment", 0 if nano else 27)
+    fill(recipe, "erasing", 0.0 if nano else 0.25)
+    fill(recipe, "crop_scale", (0.8, 1.0) if nano else (0.08, 1.0))
+    fill(recipe, "crop_ratio", 1.0 if model.image_size <= 64 else 0.875)
+    effective, old = 32 if nano else 1024 if method == "cae-v2" else 4096, args_of_run(run)
+    resolve_run(data, run, world, old, batch=128, effective=effective, epochs=float(epochs))
+    fill(recipe, "warmup_epochs", old.get("warmup_epochs"))  # a run that goes on for longer has had it
     if run.epochs is not None:
-        default(recipe, "warmup_epochs", min(float(warmup), run.epochs / 10))
+        fill(recipe, "warmup_epochs", min(float(warmup), run.epochs / 10))
     for name in ("layer_decay", "label_smoothing", "erasing", "crop_ratio", "ema"):
         value = getattr(recipe, name)
         require(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: it must lie between 0 and 1")
@@ -255,8 +224,8 @@ def resolve(args, origin, world=1):
 class Origin:
     """What fine-tuning starts from."""
 
-    beit: BeitModel
-    """The encoder. Its last norm is in its pooler if it pools by the mean, else before that."""
+    beit: nn.Module
+    """The encoder, a BeitModel of transformers. Its last norm is in its pooler if it pools by the mean, else before."""
     classifier: nn.Linear | None
     """That of a fine-tuned checkpoint."""
     labels: list | None
@@ -285,6 +254,8 @@ def of_cae(model, name):
 
 def of_beit(name, config):
     """Origin of a transformers folder or Hub id; `config` is its config.json. Raises UserError."""
+    from transformers import BeitForImageClassification, BeitModel
+
     kind = config["model_type"]
     require(kind == "beit", f"--checkpoint {name} is a {kind}: a CAE or a BEiT of transformers is needed")
     tuned = "BeitForImageClassification" in (config.get("architectures") or [])
@@ -305,6 +276,8 @@ def build_model(args, origin, classes):
     The encoder's final LayerNorm becomes the one after mean pooling. Fixed positions are computed for the grid in use
     and stay fixed; tables of relative positions are resized.
     """
+    from transformers import BeitForImageClassification
+
     old = origin.beit.config
     tuned = origin.classifier is not None
     config = copy.deepcopy(old)
@@ -405,6 +378,8 @@ class TrainView:
     names = ("images", "erase")
 
     def __init__(self, size, recipe):
+        from torchvision.transforms import v2
+
         steps = crop_and_flip(size, recipe.crop_scale, recipe.flip)
         if recipe.randaugment:
             grey = [round(255 * channel) for channel in IMAGENET_MEAN]
@@ -434,6 +409,8 @@ def erase(x, boxes):
 
 def mixing(recipe, num_classes):
     """Images (B, 3, S, S), labels (B) -> the same with mixup or cutmix, and labels (B, C) if either is on."""
+    from torchvision.transforms import v2
+
     kinds = [v2.MixUp(alpha=recipe.mixup, num_classes=num_classes)] if recipe.mixup else []
     kinds += [v2.CutMix(alpha=recipe.cutmix, num_classes=num_classes)] if recipe.cutmix else []
     return v2.RandomChoice(kinds) if kinds else lambda images, labels: (images, labels)
@@ -443,141 +420,132 @@ def mixing(recipe, num_classes):
 # The loop.
 
 
-def look(images, device):
-    """uint8 (B, 3, S, S) -> what the model takes: normalised floats on the device."""
-    return normalize(to_device(images, device).float() / 255, IMAGENET_MEAN, IMAGENET_STD)
-
-
-def to_evaluate(args, source, accelerator, skipped):
-    """(images, labels) of this rank's part of the split to evaluate on, with a bar; `skipped` collects bad files."""
-    view = CenterCrop(args.model.image_size, args.recipe.crop_ratio)
-    for images, labels in images_of(accelerator, source, view, args.data, "images to evaluate on", skipped):
-        yield look(images, accelerator.device), labels
+def learning_rate(step, total, warmup, peak, final):
+    """Linear from 0 over `warmup` steps, then a cosine from peak to final at the last step."""
+    if step < warmup:
+        return peak * step / warmup
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup - 1, 1)))
 
 
 def classify(args):
     """Fine-tune or evaluate a classifier. Raises UserError and RunError."""
-    began, world = time.perf_counter(), int(os.environ.get("WORLD_SIZE", 1))
     task = "evaluate" if args.recipe.eval_only else "classify"
-    default(args.run, "run_dir", name_run(task, args.model, args.data))
-    accelerator, precision = make_accelerator(args.run, args.data, args.run.tracker)
-    device, rank, run_dir = accelerator.device, accelerator.process_index, Path(args.run.run_dir)
-    with all_or_none(accelerator):
-        origin = load_origin(args.model, args.run.seed)
-        args = resolve(args, origin, world)
-        recipe, data, run = args.recipe, args.data, args.run
-        require(not recipe.eval_only or (origin.classifier is not None and not args.model.new_head),
-                f"--eval-only: {origin.name} has no classifier yet; give the run folder of a finetune.py classify")
-        train_source, val_source = open_labelled(data, args.labels, world, learn=not recipe.eval_only)
-        classes = val_source.classes
-        if recipe.eval_only and set(classes) < set(origin.labels) and not names_classes(val_source):
-            classes = origin.labels  # numbers or words, of which this split does not have all
-            val_source = replace(val_source, classes=classes)
-        torch.manual_seed(run.seed)
-        model = build_model(args.model, origin, classes)
-        if not recipe.eval_only:
-            total, _, warmup = length_of_run(run, data, train_source, recipe.warmup_epochs, 20)
-            require(recipe.ema == 0 or total * (1 - recipe.ema) >= 3,
-                    f"--ema {recipe.ema} averages over more steps than a third of the {total} of the run: lower it")
-        values = {**json.loads(json.dumps(flat(args))), "task": "classify", "weights": digest(origin.beit)}
-        resume = prepare_run_dir(run, values)
-    skipped = []
-    effective = data.effective_batch_size
-    accumulation = effective // (data.batch_size * world)
-    if accelerator.is_main_process:
+    fill(args.run, "run_dir", default_run_dir(task, args.model, args.data))
+    with Run(args, "cae-finetune") as run:
+        with run.main_process_first():
+            origin = load_origin(args.model, args.run.seed)
+            args = resolve(args, origin, run.world)
+            recipe, data = args.recipe, args.data
+            train_source, val_source, classes = open_data(args, origin, run.world)
+            torch.manual_seed(args.run.seed)
+            model = build_model(args.model, origin, classes)
+            if not recipe.eval_only:
+                length = length_of_run(args.run, data, train_source, recipe.warmup_epochs, 20)
+                require(recipe.ema == 0 or length.steps * (1 - recipe.ema) >= 3,
+                        f"--ema {recipe.ema} averages over more steps than a third of the {length.steps} of the run: "
+                        "lower it")
+            run.open_folder(args, task="classify", weights=fingerprint(origin.beit.state_dict()))
         millions = sum(p.numel() for p in model.parameters()) / 1e6
-        length = "evaluation only" if recipe.eval_only else f"{total} steps"
-        print(f"classify: {origin.name}, {millions:.1f} M parameters, {args.model.image_size} pixels, {len(classes)} "
-              f"classes; {world} process{'es' * (world > 1)} x {data.batch_size} images x {accumulation} = {effective} "
-              f"images a step; {length}; {'fp32' if precision == 'no' else precision} on {device}; {run_dir}",
-              flush=True)  # fmt: skip
-    facts = {"origin": origin.name, "method": origin.method, "size": origin.size, "classes": len(classes)}
-    if recipe.eval_only:
-        if accelerator.is_main_process:
-            write_config(run_dir, values, model.config.to_dict())
-        model.to(device).eval()
-        batches = to_evaluate(args, val_source, accelerator, skipped)
-        accuracy, images = evaluate(accelerator, lambda x: model(x).logits, batches)
-        require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
-        evaluations = [{"step": 0, "epoch": None, "images": images, "accuracy": accuracy}]
-        return finish(args, accelerator, evaluations, facts, len(skipped), began)
+        run.header(f"classify: {origin.name}, {millions:.1f} M parameters, {args.model.image_size} pixels, "
+                   f"{len(classes)} classes", None if recipe.eval_only else length)  # fmt: skip
+        card = {"origin": origin.name, "method": origin.method, "size": origin.size, "classes": len(classes)}
+        skipped = []  # files of this process's part of the split to evaluate on that could not be used
 
-    average = None
-    if recipe.ema:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(device)
-    groups = parameter_groups(model, recipe.layer_decay, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-    if run.compile:
-        model.compile()
-    model, optimizer = prepare(accelerator, model, optimizer)
-    bare = accelerator.unwrap_model(model)
-    best = average or bare  # the weights that are evaluated and written
-    if average:
-        average.eval().requires_grad_(False).update_parameters(bare)  # the first call copies: it starts from here
-        accelerator.register_for_checkpointing(average)
-    trainer, places = load_checkpoint(accelerator, resume, run_dir, data.parts)
-    evaluations = trainer.get("evaluations", [])
-    if accelerator.is_main_process:
-        write_config(run_dir, values, bare.config.to_dict(), trainer["changed"])
-        report_resume(resume, trainer, total, run_dir)
-    view = TrainView(args.model.image_size, recipe)
-    streams = [Stream(train_source, view, data, run.seed, part, data.parts, place, trainer["first_pass"])
-               for part, place in zip(range(rank, data.parts, world), places, strict=True)]  # fmt: skip
-    mix = mixing(recipe, len(classes))
-    start_tracker(accelerator, "cae-finetune", args)
-    model.train()
-    peak = recipe.lr * effective / 1024
+        def measure(network):
+            """Top-1 and top-5 accuracy in percent, and on how many images."""
+            view = CenterCrop(args.model.image_size, recipe.crop_ratio)
+            batches = evaluation_batches(run.accelerator, val_source, view, data, "images to evaluate on", skipped)
+            batches = ((to_input(images), labels) for images, labels in batches)
+            tops, images = accuracy(run.accelerator, lambda x: network(x).logits, batches)
+            require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
+            return tops, images
 
-    def learn(step, batches):
-        """One optimizer step."""
-        lr = learning_rate(step, total, warmup, peak, recipe.min_lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
-        mean = 0.0
-        for micro, batch in enumerate(batches):
-            images, labels = look(batch["images"], device), to_device(batch["labels"], device)
-            if recipe.erasing:
-                images = erase(images, to_device(batch["erase"], device))
-            images, labels = mix(images, labels)
-            with nullcontext() if micro == accumulation - 1 else accelerator.no_sync(model):
-                logits = model(images).logits.float()                                    # (B, C)
-                loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-                accelerator.backward(loss * finite(loss) / accumulation)
-            mean = mean + loss.detach() / accumulation
-        norm, bad = take_step(accelerator, model, optimizer, recipe.clip_grad)
+        if recipe.eval_only:
+            if run.is_main:
+                write_config(run.folder, run.values, model.config.to_dict())
+            tops, images = measure(model.to(run.device).eval())
+            evaluations = [{"step": 0, "epoch": None, "images": images, "accuracy": tops}]
+            return finish(args, run, evaluations, card, len(skipped))
+
+        groups = parameter_groups(model, recipe.layer_decay, recipe.weight_decay)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        average = None
+        if recipe.ema:
+            average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(run.device)
+        if args.run.compile:
+            model.compile()
+        # A checkpoint holds model, optimizer, average and the evaluations so far, the place in the data and the step.
+        model, optimizer = run.prepare(model, optimizer)
+        bare = run.accelerator.unwrap_model(model)
+        best = average or bare  # the weights that are evaluated and written
         if average:
-            with torch.no_grad():  # update_parameters would ask the device for its count, and wait
-                average.multi_avg_fn(list(average.module.parameters()), list(bare.parameters()), None)
-        return {"loss": mean, "grad_norm": norm, "bad": bad, "lr": lr}
-
-    def judge(line):
-        """Evaluate, and write best/ if there was nothing better."""
-        best.eval()
-        accuracy, images = evaluate(accelerator, lambda x: best(x).logits,
-                                    to_evaluate(args, val_source, accelerator, skipped))  # fmt: skip
+            average.eval().requires_grad_(False).update_parameters(bare)  # the first call copies: it starts from here
+            run.accelerator.register_for_checkpointing(average)
+        run.load_checkpoint(length, bare.config.to_dict())
+        evaluations = run.memory.setdefault("evaluations", [])
+        stream = run.stream(train_source, TrainView(args.model.image_size, recipe))
+        mix = mixing(recipe, len(classes))
         model.train()
-        require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
-        evaluations.append({"step": line["step"], "epoch": line["epoch"], "images": images, "accuracy": accuracy})
-        is_best = evaluations[-1] is best_of(evaluations) or not (run_dir / "best").exists()
-        if accelerator.is_main_process and is_best:
-            try:
-                publish_files(run_dir / "best", lambda folder: write_model(folder, line["step"]))
-            except NOT_WRITTEN as error:
-                print(f"warning: {run_dir / 'best'} could not be written: {first_line(error)}", file=sys.stderr)
-        return {"top1": accuracy[0], "top5": accuracy[1]}
+        peak = recipe.lr * data.effective_batch_size / 1024
 
-    def write_model(folder, step):
-        evaluation = next((e for e in evaluations if e["step"] == step), None)
-        write_classifier(folder, best, args, facts, step, evaluation)
+        def write_model(folder, step, weights):
+            evaluation = next((e for e in evaluations if e["step"] == step), None)
+            write_classifier(folder, best, args, card, step, evaluation)
 
-    fit(accelerator, run, data, train_source, streams, learn, total, trainer, write_model=write_model,
-        evaluate=judge, eval_every=recipe.eval_every, state=lambda: {"evaluations": evaluations})  # fmt: skip
-    finish(args, accelerator, evaluations, facts, len(skipped), began)
+        def evaluate(line):
+            """After an epoch; best/ is written if there was nothing better."""
+            best.eval()
+            tops, images = measure(best)
+            model.train()
+            evaluations.append({"step": line["step"], "epoch": line["epoch"], "images": images, "accuracy": tops})
+            is_best = evaluations[-1] is best_of(evaluations) or not (run.folder / "best").exists()
+            if run.is_main and is_best:
+                write = partial(write_model, step=line["step"], weights=None)
+                problem = write_model_folder(run.folder / "best", write)
+                if problem:
+                    print(f"warning: {run.folder / 'best'} could not be written: {problem}", file=sys.stderr)
+            return {"top1": tops[0], "top5": tops[1]}
+
+        for step in run.steps(stream, evaluate=evaluate, evaluate_every=recipe.eval_every, write_model=write_model):
+            lr = learning_rate(step, length.steps, length.warmup, peak, recipe.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]  # layer-wise decay
+
+            for images, boxes, labels in run.batches():  # run.accumulation micro-batches, whose gradients add up
+                images = to_input(images)                                                # (B, 3, S, S)
+                if recipe.erasing:
+                    images = erase(images, boxes)
+                images, labels = mix(images, labels)
+                with run.accumulate(model):
+                    logits = model(images).logits.float()                                # (B, C)
+                    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
+                    run.backward(loss)  # (loss / run.accumulation).backward()
+                run.average({"loss": loss})  # for the log
+            # optimizer.step() with the gradient clipped, and optimizer.zero_grad(); none if it is not finite
+            run.update(optimizer, clip_grad=recipe.clip_grad, lr=lr)
+            if average:
+                with torch.no_grad():  # update_parameters would ask the device for its count, and wait
+                    average.multi_avg_fn(list(average.module.parameters()), list(bare.parameters()), None)
+
+        finish(args, run, evaluations, card, len(skipped))
 
 
-def names_classes(source):
-    """Whether the data set itself names its classes."""
-    return isinstance(source.data.features[source.label_column], datasets.ClassLabel)
+def open_data(args, origin, world):
+    """The Source to learn from (None with --eval-only), the one to evaluate on, and the classes. Raises UserError."""
+    eval_only = args.recipe.eval_only
+    require(not eval_only or (origin.classifier is not None and not args.model.new_head),
+            f"--eval-only: {origin.name} has no classifier yet; give the run folder of a finetune.py classify")
+    train_source, val_source = open_labelled(args.data, args.labels, world, learn=not eval_only)
+    classes = val_source.classes
+    if eval_only and set(classes) < set(origin.labels) and not names_classes(val_source):
+        classes = origin.labels  # numbers or words, of which this split does not have all
+        val_source = replace(val_source, classes=classes)
+    return train_source, val_source, classes
+
+
+def to_input(images):
+    """uint8 (B, 3, S, S) -> what the model takes, on the same device."""
+    return normalize(images.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
 def best_of(evaluations):
@@ -592,6 +560,8 @@ def best_of(evaluations):
 def image_processor(args):
     """The evaluation's view as an image processor of transformers: shorter side, bicubic, centre crop, ImageNet's mean
     and standard deviation."""
+    from transformers import CLIPImageProcessor
+
     size = args.model.image_size
     return CLIPImageProcessor(
         do_resize=True, size={"shortest_edge": round(size / args.recipe.crop_ratio)}, resample=3,
@@ -600,20 +570,24 @@ def image_processor(args):
     )  # fmt: skip
 
 
-def write_classifier(folder, model, args, facts, step, evaluation):
+def write_classifier(folder, model, args, card, step, evaluation):
     """model/: what transformers loads, with image processor and model card."""
+    from transformers.utils import logging as transformers_logging
+
     bare = model.module if isinstance(model, AveragedModel) else model
     transformers_logging.disable_progress_bar()  # of a single file
     bare.save_pretrained(folder)
     image_processor(args).save_pretrained(folder)
-    model_card(args, facts, step, evaluation).save(folder / "README.md")
+    model_card(args, card, step, evaluation).save(folder / "README.md")
 
 
-def model_card(args, facts, step, evaluation):
+def model_card(args, card, step, evaluation):
     """What was trained, on what, how, and how good it is."""
+    from huggingface_hub import ModelCard, ModelCardData
+
     data, recipe = args.data, args.recipe
     is_hub = "/" in data.dataset and not Path(data.dataset).exists()
-    card = ModelCardData(library_name="transformers", pipeline_tag="image-classification", license="apache-2.0",
+    header = ModelCardData(library_name="transformers", pipeline_tag="image-classification", license="apache-2.0",
                          tags=["image-classification", "beit", "cae"], datasets=[data.dataset] if is_hub else None)
     accuracy = "not measured yet"
     if evaluation:
@@ -623,13 +597,13 @@ def model_card(args, facts, step, evaluation):
     values = {**flat(args), "steps done": step}
     lines = "\n".join(f"| {name} | {value} |" for name, value in values.items())
     return ModelCard(f"""---
-{card.to_yaml()}
+{header.to_yaml()}
 ---
 
 # Image classifier, fine-tuned from a context autoencoder
 
-A `BeitForImageClassification` of transformers: {facts['origin']} (method {facts['method']}, size {facts['size']}),
-fine-tuned end to end on `{data.dataset}`, split `{data.split}`, {facts['classes']} classes, at {args.model.image_size}
+A `BeitForImageClassification` of transformers: {card['origin']} (method {card['method']}, size {card['size']}),
+fine-tuned end to end on `{data.dataset}`, split `{data.split}`, {card['classes']} classes, at {args.model.image_size}
 pixels.
 
 Accuracy: {accuracy}.
@@ -652,15 +626,15 @@ step. Every value:
 """)
 
 
-def finish(args, accelerator, evaluations, facts, skipped, began):
+def finish(args, run, evaluations, card, skipped):
     """Table, result.json, upload; called on all ranks."""
-    run_dir, last, top = Path(args.run.run_dir), evaluations[-1], best_of(evaluations)
-    skipped = sum(gather_object([skipped]))
-    accelerator.end_training()
-    if not accelerator.is_main_process:
+    last, top = evaluations[-1], best_of(evaluations)
+    skipped = sum(run.gather([skipped]))
+    run.end()
+    if not run.is_main:
         return
-    same = [row for row in REFERENCE if row[2] == facts["size"] and row[3]]
-    result = {
+    same = [row for row in PUBLISHED if row[2] == card["size"] and row[3]]
+    result = run.write_result("finetune.py", {
         "task": "classify",
         "top1": round(last["accuracy"][0], 3),
         "top5": round(last["accuracy"][1], 3),
@@ -670,8 +644,8 @@ def finish(args, accelerator, evaluations, facts, skipped, began):
         "steps": last["step"],
         "images": last["images"],
         "skipped": skipped,
-        "encoder": facts["origin"],
-        **facts,
+        "encoder": card["origin"],
+        **card,
         "image_size": args.model.image_size,
         "dataset": args.data.dataset,
         "split": args.data.split,
@@ -679,28 +653,26 @@ def finish(args, accelerator, evaluations, facts, skipped, began):
         "batch": args.data.effective_batch_size,
         "seed": args.run.seed,
         "reference": [{"model": name, "top1": top1} for name, _, _, top1, _ in
-                      sorted(same, key=lambda row: row[1] != facts["method"])],
-        "processes": accelerator.num_processes,
-        "seconds": round(time.perf_counter() - began, 1),
-        "command": shlex.join(["finetune.py", *sys.argv[1:]]),
-    }  # fmt: skip
-    write_aside(run_dir / "result.json", json.dumps(result, indent=2))
+                      sorted(same, key=lambda row: row[1] != card["method"])],
+    })  # fmt: skip
     if args.run.push_to_hub and not args.recipe.eval_only:
-        result["hub"] = push(run_dir / "model", args.run.push_to_hub)
-        write_aside(run_dir / "result.json", json.dumps(result, indent=2))
-    rows = [(facts["origin"], result["top1"], result["top5"])]
-    rows += [(f"{row['model']} ({'' if facts['classes'] == 1000 else 'on '}ImageNet-1K)", row["top1"], None)
+        result["hub"] = push(run.folder / "model", args.run.push_to_hub)
+        write_text(run.folder / "result.json", json.dumps(result, indent=2))
+    rows = [(card["origin"], result["top1"], result["top5"])]
+    rows += [(f"{row['model']} ({'' if card['classes'] == 1000 else 'on '}ImageNet-1K)", row["top1"], None)
              for row in result["reference"]]  # fmt: skip
     width = max(34, *(len(name) + 2 for name, _, _ in rows))
     print(f"\n{'fine-tuned':{width}}{'top-1':>8}{'top-5':>8}")
     for name, top1, top5 in rows:
         print(f"{name:{width}}{top1:8.1f}" + (f"{top5:8.1f}" if top5 is not None else ""))
-    print(f"best epoch: {result['best_epoch_top1']:.1f}, chosen on these images\n\n{run_dir / 'result.json'}:")
+    print(f"best epoch: {result['best_epoch_top1']:.1f}, chosen on these images\n\n{run.folder / 'result.json'}:")
     print(json.dumps(result), flush=True)
 
 
 def push(folder, hub_id):
     """Upload model/ to the Hub; its address. Raises RunError."""
+    from huggingface_hub import HfApi
+
     try:
         api = HfApi()
         api.create_repo(hub_id, exist_ok=True)
@@ -718,7 +690,7 @@ def main():
 
     def work():
         require(command == "classify", f"finetune.py {command}: there is no such command; give classify")
-        classify(parse(flags, kind=Classify, prog="finetune.py classify"))
+        classify(parse(Classify, flags, prog="finetune.py classify"))
 
     command_line(work)
 

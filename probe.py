@@ -6,102 +6,60 @@
 
 Each ends with a table, writes result.json into its run folder and prints the same object as its last line.
 
-Read in this order: arguments, encoders, features, kNN, heads, their training, results.
+Read in this order: flags, the encoder, features, heads and their optimizer, the loop, results.
 """
+
+from engine.arguments import (
+    AutoFloat,
+    AutoInt,
+    AutoStr,
+    DataArgs,
+    DeviceArgs,
+    ImagesArgs,
+    LabelArgs,
+    Mark,
+    RunArgs,
+    default_run_dir,
+    fill,
+    flat,
+    parse,
+    require_not_negative,
+    require_positive,
+    require_views,
+    resolve_images,
+    resolve_run,
+)
+from engine.checkpoints import args_of_run, fingerprint, make_run_dir, write_config
+from engine.errors import UserError, command_line, first_line, require
+from engine.evaluation import KS, PUBLISHED, accuracy, evaluation_batches, knn
+from engine.frozen import Frozen, Kind, load_frozen
+from engine.images import CenterCrop, crop_and_flip, to_device
+from engine.run import Run, length_of_run
+from engine.seeds import permutation, seed_of
+from engine.sources import open_labelled
 
 import copy
 import hashlib
 import json
 import math
 import os
-import shlex
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
-from train import (  # first: it sets the environment for torch
-    CLIP_MEAN,
-    CLIP_STD,
-    REFERENCE,
-    AutoFloat,
-    AutoInt,
-    AutoStr,
-    CenterCrop,
-    DataArgs,
-    DeviceArgs,
-    ImagesArgs,
-    LabelArgs,
-    RunArgs,
-    Stream,
-    UserError,
-    all_or_none,
-    command_line,
-    crop_and_flip,
-    default,
-    digest,
-    evaluate,
-    first_line,
-    fit,
-    flat,
-    hits,
-    images_of,
-    key,
-    learning_rate,
-    length_of_run,
-    load_checkpoint,
-    load_pretrained,
-    make_accelerator,
-    make_run_dir,
-    name_run,
-    normalize,
-    open_encoder,
-    open_labelled,
-    parse,
-    permutation,
-    prepare,
-    prepare_run_dir,
-    report_resume,
-    require,
-    require_not_negative,
-    require_positive,
-    require_views,
-    resolve_images,
-    resolve_run,
-    start_tracker,
-    to_device,
-    write_aside,
-    write_config,
-)
-
-# isort: split
 import psutil
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from accelerate.utils import gather_object
 from einops import rearrange
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    LocalEntryNotFoundError,
-)
-from torchvision.transforms import v2
 
-from cae import (
-    CAE,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LN_EPS,
-    SIZES,
-    CrossAttention,
-    patch_grid,
-)
+from cae import CAE, IMAGENET_MEAN, IMAGENET_STD, LN_EPS, SIZES, CrossAttention, former_name
+from convert import open_encoder
 
 # ----------------------------------------------------------------------------------------------------------------
-# Arguments: one dataclass for each sub-command, of groups that share fields. Values of None follow from others.
+# Flags: one dataclass for each sub-command, of groups that share fields. Values of None follow from others.
 
 Scale = Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FLOAT FLOAT", help_behavior_hint="")]
 Channels = Annotated[
@@ -118,7 +76,7 @@ Strs = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 class EncoderArgs:
     """The encoder, and what it sees."""
 
-    checkpoint: AutoStr = None
+    checkpoint: Annotated[AutoStr, Mark.FREE] = None
     """Run folder; model/ folder; Hub id; released .pth, also owner/name::path; transformers BEiT, CLIP, DINOv2, ..."""
     random_init: Annotated[str | None, tyro.conf.arg(metavar="|".join(SIZES), help_behavior_hint="")] = None
     """An untrained encoder of this size instead: the floor."""
@@ -130,7 +88,7 @@ class EncoderArgs:
     """Mean of the encoder's input. Default: ImageNet's, or what preprocessor_config.json says; CLIP's own for CLIP."""
     pixel_std: Channels = None
     """Standard deviation likewise."""
-    beside: Strs = ()
+    beside: Annotated[Strs, Mark.FREE] = ()
     """Run folders of other results, to show as rows of the table at the end."""
 
 
@@ -258,31 +216,31 @@ def resolve(args, encoder, world=1):
     """The arguments of a sub-command with every None filled in. Raises UserError."""
     args = copy.deepcopy(args)
     data, probe, run, choice = args.data, args.probe, args.run, args.encoder
-    default(choice, "image_size", encoder.image_size)
+    fill(choice, "image_size", encoder.image_size)
     small = choice.image_size <= 64
     size, patch = choice.image_size, encoder.patch_size
     require(size > 0 and size % patch == 0,
             f"--image-size {size} is not divisible by the encoder's patch of {patch} pixels")  # fmt: skip
-    default(choice, "crop_ratio", 1.0 if small else 0.875)
+    fill(choice, "crop_ratio", 1.0 if small else 0.875)
     require(0 < choice.crop_ratio <= 1, f"--crop-ratio is {choice.crop_ratio}: it must lie in (0, 1]")
-    default(choice, "pixel_mean", encoder.mean)
-    default(choice, "pixel_std", encoder.std)
+    fill(choice, "pixel_mean", encoder.mean)
+    fill(choice, "pixel_std", encoder.std)
     require(min(choice.pixel_std) > 0, f"--pixel-std is {choice.pixel_std}: it must be positive")
     read_results(choice.beside)
     require(args.labels.num_classes is None or args.labels.num_classes > 1, "--num-classes must be 2 or more")
     if isinstance(args, KNN):
         resolve_images(data)
-        default(data, "batch_size", 512)
+        fill(data, "batch_size", 512)
         require(all(k > 0 for k in probe.k), f"--k is {probe.k}: they must be positive")
         require(probe.temperature and min(probe.temperature) > 0, "--temperature must be positive")
         return args
     effective = 256 if data.dataset == "demo" else {"linear": 16384, "attentive": 8192, "ep": 4096}[task_of(args)]
-    resolve_run(data, run, world, batch=512, effective=effective, epochs=90.0)
+    resolve_run(data, run, world, args_of_run(run), batch=512, effective=effective, epochs=90.0)
     require(data.parts == world, f"--parts {data.parts}: BatchNorm sees the batch of a process, so that the number of "
                                  f"processes matters: use {data.parts} processes, or another --run-dir")  # fmt: skip
     require(data.effective_batch_size // world > 1,
             f"--effective-batch-size {data.effective_batch_size}: BatchNorm needs two images in every process")
-    default(probe, "crop_scale", (0.4, 1.0) if small else (0.08, 1.0))
+    fill(probe, "crop_scale", (0.4, 1.0) if small else (0.08, 1.0))
     require_views(probe)
     require(all(lr > 0 for lr in probe.lr), f"--lr is {probe.lr}: they must be positive")
     require(0 <= probe.momentum < 1, f"--momentum is {probe.momentum}: it must lie in [0, 1)")
@@ -303,87 +261,25 @@ def task_of(args):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Encoders: pixels in [0, 1] (B, 3, H, W) -> tokens (B, 1 + N, D), class token first, after the encoder's last norm.
-
-
-class Frozen(nn.Module):
-    """A frozen encoder: evaluation mode, no gradients, nothing in it ever changes.
-
-    `model` is a CAE, or a transformers model of one of HF_KINDS. CLIP's tokens are those before its projection, each
-    through post_layernorm (CLIP's own linear probes use the class token there).
-    """
-
-    def __init__(self, model, kind, image_size, patch_size, dim, heads, mean, std):
-        super().__init__()
-        self.model, self.kind = model.eval().requires_grad_(False), kind
-        self.image_size, self.patch_size, self.dim, self.heads = image_size, patch_size, dim, heads
-        self.mean, self.std = tuple(mean), tuple(std)
-        self.eval()
-
-    def train(self, mode=True):
-        return super().train(False)  # there is no other mode
-
-    @torch.no_grad()
-    def forward(self, pixels):
-        x = normalize(pixels, self.mean, self.std)                                       # (B, 3, H, W)
-        if isinstance(self.model, CAE):
-            return self.model.encode(x)                                                  # (B, 1 + N, D)
-        foreign = x.shape[-2:] != (self.image_size, self.image_size)
-        options = {"interpolate_pos_encoding": foreign} if self.kind in ("clip", "beit", "vit") else {}
-        if self.kind == "clip":
-            tower = getattr(self.model, "vision_model", self.model)
-            return tower.post_layernorm(tower(x, **options).last_hidden_state)           # (B, 1 + N, D)
-        x = self.model(x, **options).last_hidden_state                                   # (B, 1 + registers + N, D)
-        if self.kind == "beit" and self.model.config.use_mean_pooling:  # then BEiT's last norm is in its pooler
-            x = self.model.pooler.layernorm(x)
-        rows, columns = patch_grid(pixels, self.patch_size)
-        return torch.cat([x[:, :1], x[:, -rows * columns :]], dim=1)                     # (B, 1 + N, D)
-
-
-# model_type of transformers -> our name. All have a class token first and the patches last, row by row.
-HF_KINDS = {"clip": "clip", "clip_vision_model": "clip", "beit": "beit", "data2vec-vision": "beit", "vit": "vit",
-            "dinov2": "dinov2", "dinov2_with_registers": "dinov2", "dinov3_vit": "dinov3"}  # fmt: skip
+# The encoder: pixels in [0, 1] (B, 3, H, W) -> tokens (B, 1 + N, D), class token first, after its last norm.
 
 
 def load_encoder(args, seed=0):
     """EncoderArgs -> Frozen. Raises UserError."""
-    return open_encoder(args, seed, of_cae, of_transformers)
+    return open_encoder(args, seed, of_cae, lambda name, config: load_frozen(name, "--checkpoint"))
 
 
 def of_cae(model):
+    """Frozen of a CAE, whose encode() takes any size."""
     config = model.config
-    return Frozen(model, config.method, config.image_size, config.patch_size, config.dim, config.heads, IMAGENET_MEAN,
-                  IMAGENET_STD)  # fmt: skip
+    kind = Kind(config.method, lambda model, images, resized: model.encode(images), IMAGENET_MEAN, IMAGENET_STD)
+    return Frozen(model, kind, config.image_size, config.patch_size, config.dim, config.heads)
 
 
-def of_transformers(name, config):
-    """Adapter for a transformers folder or Hub id; `config` is its config.json. Raises UserError."""
-    import transformers
-
-    kind = HF_KINDS.get(config["model_type"])
-    kinds = ", ".join(HF_KINDS)
-    require(kind, f"--checkpoint {name} is a {config['model_type']}: no encoder that is known here ({kinds})")
-    model_class = transformers.AutoModel
-    if kind == "clip":
-        bare = config.get("architectures") == ["CLIPVisionModel"]
-        model_class = transformers.CLIPVisionModel if bare else transformers.CLIPVisionModelWithProjection
-    model = load_pretrained(name, model_class, tuple(HF_KINDS), f"a {kind} encoder", "--checkpoint")
-    mean, std = (CLIP_MEAN, CLIP_STD) if kind == "clip" else (IMAGENET_MEAN, IMAGENET_STD)
-    try:
-        file = "preprocessor_config.json"
-        file = Path(name) / file if Path(name).is_dir() else Path(hf_hub_download(name, file))
-        processor = json.loads(file.read_text())
-    except LocalEntryNotFoundError:
-        raise  # not known whether there is one
-    except (FileNotFoundError, EntryNotFoundError):
-        processor = {}
-    mean, std = processor.get("image_mean", mean), processor.get("image_std", std)
-    config = model.config
-    size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
-    crop = processor.get("crop_size")
-    size = crop["height"] if isinstance(crop, dict) and "height" in crop else size  # DINOv2: 224 of its 518
-    return Frozen(model.float(), kind, size, config.patch_size, config.hidden_size, config.num_attention_heads,
-                  mean, std)  # fmt: skip
+def weights_of(encoder):
+    """A short name of an encoder's weights. (For a CAE the one that run folders have always had.)"""
+    state = encoder.model.state_dict()
+    return fingerprint({former_name(name) if isinstance(encoder.model, CAE) else name: w for name, w in state.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -396,6 +292,8 @@ class Augment:
     names = ("images",)
 
     def __init__(self, size, scale, flip):
+        from torchvision.transforms import v2
+
         self.transform = v2.Compose(crop_and_flip(size, scale, flip))
 
     def __call__(self, image, seed):
@@ -409,37 +307,40 @@ def pooled(tokens):
     return torch.stack([tokens[:, 0], tokens[:, 1:].mean(dim=1)], dim=1)
 
 
-class Probe:
-    """What all sub-commands share: encoder, data, evaluation view, device."""
+class Extractor:
+    """Frozen features of images, for all sub-commands: pooled (B, 2, D), or all tokens (B, 1 + N, D) for an attentive
+    probe."""
 
-    def __init__(self, args, encoder, accelerator):
-        self.args, self.encoder, self.accelerator = args, encoder.to(accelerator.device), accelerator
-        self.device, self.rank, self.world = accelerator.device, accelerator.process_index, accelerator.num_processes
+    def __init__(self, args, encoder, run):
+        self.args, self.run, self.device = args, run, run.device
+        self.encoder = encoder.to(run.device)
         self.encoder.mean, self.encoder.std = args.encoder.pixel_mean, args.encoder.pixel_std
         self.view = CenterCrop(args.encoder.image_size, args.encoder.crop_ratio)
         self.skipped = {"train": 0, "val": 0}  # files of this rank's part that could not be used
         if args.run.compile:
             self.encoder.compile()
 
-    def keep(self, tokens):
-        """What features are made of: all tokens (B, 1 + N, D) for an attentive probe, pooled (B, 2, D) for others."""
+    def features(self, tokens):
+        """Tokens (B, 1 + N, D) -> what is kept of them."""
         return tokens if isinstance(self.args, Attentive) else pooled(tokens)
 
-    def look(self, kept):
-        """What the heads see of it: an attentive probe the patches alone, unless --tokens says otherwise."""
-        return kept[:, 1:] if isinstance(self.args, Attentive) and self.args.probe.tokens == "patches" else kept
+    def head_input(self, features):
+        """What the heads take of it: an attentive probe the patches alone, unless --tokens says otherwise."""
+        patches_only = isinstance(self.args, Attentive) and self.args.probe.tokens == "patches"
+        return features[:, 1:] if patches_only else features
 
-    def see(self, images, select):
-        """uint8 images (B, 3, S, S) -> select(tokens), float32 on the device."""
-        with self.accelerator.autocast():
-            tokens = self.encoder(to_device(images, self.device).float() / 255)          # (B, 1 + N, D)
+    def encode(self, images, select):
+        """uint8 images (B, 3, S, S) on the device -> select(tokens), float32."""
+        with self.run.accelerator.autocast():
+            tokens = self.encoder(images.float() / 255)                                  # (B, 1 + N, D)
         return select(tokens.float())
 
     def batches(self, source, select, split):
         """(features, labels) of this rank's part of one pass over "train" or "val" without augmentation, with a bar."""
         what, skipped = {"train": "images to learn from", "val": "images to evaluate on"}[split], []
-        for images, labels in images_of(self.accelerator, source, self.view, self.args.data, what, skipped):
-            yield self.see(images, select), labels
+        batches = evaluation_batches(self.run.accelerator, source, self.view, self.args.data, what, skipped)
+        for images, labels in batches:
+            yield self.encode(images, select), labels
         self.skipped[split] = len(skipped)
 
     def extract(self, source, select, split):
@@ -449,7 +350,7 @@ class Probe:
         labels, filled = torch.zeros(0, dtype=torch.int64, device=self.device), 0
         for x, y in self.batches(source, select, split):
             if not filled:
-                room = math.ceil(source.num_images / self.world) if source.num_images else 2**16
+                room = math.ceil(source.num_images / self.run.world) if source.num_images else 2**16
                 needed, free = room * x[0].numel() * 4 / 2**30, free_memory(self.device) / 2**30
                 if needed > 0.9 * free:
                     raise UserError(
@@ -472,83 +373,20 @@ def free_memory(device):
     return psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def gather_rows(accelerator, x):
-    """Rows of all ranks, which may have different numbers of them: (n, ...) -> (sum of n, ...)."""
-    counts = accelerator.gather(torch.tensor([len(x)], device=x.device)).tolist()
-    padded = x.new_zeros(max(counts), *x.shape[1:])
-    padded[: len(x)] = x
-    parts = accelerator.gather(padded).split(max(counts))
-    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# kNN.
-
-KS = (20, 5, 10, 15, 50, 100, 200)
-BLOCK = 2**16  # rows of the bank that are compared at once
-
-
-def nearest(queries, bank, labels, k):
-    """The k most similar rows of the bank: cosines (Q, k) and labels (Q, k), nearest first.
-
-    queries (Q, D), bank (n, D), labels (n). The bank is read in blocks, so that nothing else grows with it. Where
-    n < k, cosines of -inf fill up.
-    """
-    queries = F.normalize(queries, dim=-1)
-    best = queries.new_full((len(queries), k), -math.inf)
-    best_labels = labels.new_zeros(len(queries), k)
-    for rows, row_labels in zip(bank.split(BLOCK), labels.split(BLOCK), strict=True):
-        cosines = torch.cat([best, queries @ F.normalize(rows, dim=-1).T], dim=1)        # (Q, k + block)
-        best, index = cosines.topk(k, dim=1)
-        candidates = torch.cat([best_labels, row_labels.expand(len(queries), -1)], dim=1)
-        best_labels = candidates.gather(1, index)                                        # (Q, k)
-    return best, best_labels
-
-
-def votes(cosines, labels, temperature, num_classes):
-    """Scores of the classes: exp(cosine / temperature), summed over the neighbours (Q, k) of each class: (Q, C)."""
-    weights = ((cosines - cosines[:, :1]) / temperature).exp()  # a common factor; overflows nowhere
-    return weights.new_zeros(len(labels), num_classes).scatter_add_(1, labels, weights)
-
-
-@torch.no_grad()
-def knn(accelerator, bank, labels, queries, query_labels, num_classes, ks, temperatures):
-    """Weighted kNN accuracy for every number of neighbours and temperature: a list of result rows.
-
-    bank (n, 2, D), labels (n), queries (m, 2, D), query_labels (m): this rank's parts, class token and mean of the
-    patches. The bank stays where it is: all queries go to all ranks, and each query's nearest rows of every rank are
-    merged. Exact, whatever the number of ranks.
-    """
-    everyone, everyones_labels = gather_rows(accelerator, queries), gather_rows(accelerator, query_labels)
-    k_max, rows = max(ks), []
-    for p, pool in enumerate(("class", "mean")):
-        right = {(k, t): 0 for k in ks for t in temperatures}
-        for q, y in zip(everyone[:, p].split(1024), everyones_labels.split(1024), strict=True):
-            near = nearest(q, bank[:, p], labels, k_max)                                 # (Q, k) twice
-            # gather joins along the first dimension: of (1, Q, k) it makes (world, Q, k)
-            cosines, classes = (rearrange(accelerator.gather(x[None]), "w q k -> q (w k)") for x in near)
-            cosines, index = cosines.topk(k_max, dim=1)
-            classes = classes.gather(1, index)                                           # (Q, k)
-            for k, t in right:
-                right[k, t] = right[k, t] + hits(votes(cosines[:, :k], classes[:, :k], t, num_classes), y, above=0)
-        for (k, t), count in right.items():
-            top1, top5 = (100 * count / len(everyone)).tolist()
-            rows.append({"pool": pool, "k": k, "temperature": t, "top1": round(top1, 3), "top5": round(top5, 3)})
-    return rows
-
-
-def knn_rows(probe, bank, val, num_classes):
-    """knn() with the arguments of the sub-command, or its defaults. Raises UserError."""
-    asked = isinstance(probe.args, KNN) and probe.args.probe.k
-    total = sum(gather_object([len(bank[0])]))
+def knn_rows(extractor, bank, val, num_classes):
+    """Rows of the result: weighted kNN of (features, labels) `val` in `bank`, with the arguments of the sub-command or
+    its defaults. Raises UserError."""
+    args, run = extractor.args, extractor.run
+    asked = isinstance(args, KNN) and args.probe.k
+    total = sum(run.gather([len(bank[0])]))
     ks = asked or [k for k in KS if k <= total]
     require(ks and max(ks) <= total, f"--k {max(ks or KS)} is more than the {total} images to learn from")
-    temperatures = probe.args.probe.temperature if isinstance(probe.args, KNN) else KNNArgs.temperature
-    return knn(probe.accelerator, *bank, *val, num_classes, ks, temperatures)
+    temperatures = args.probe.temperature if isinstance(args, KNN) else KNNArgs.temperature
+    return knn(run.accelerator, *bank, *val, num_classes, ks, temperatures)
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# Heads. All train side by side on the same features; none sees another's gradient.
+# Heads and their optimizer. All train side by side on the same features; none sees another's gradient.
 
 
 class LinearHead(nn.Module):
@@ -704,33 +542,38 @@ def make_heads(args, encoder, num_classes):
 class CachedStream:
     """A rank's endless stream of batches from its extracted features; the order is a pure function of (seed, pass)."""
 
-    skipped, skipped_names = 0, ()  # told when they were extracted
+    names = ("features", "labels")
+    skipped, skipped_names = 0, ()  # reported when they were extracted
 
-    def __init__(self, features, labels, size, seed, probe, place=None, first_pass=0):
-        self.features, self.labels, self.size, self.seed, self.rank = features, labels, size, seed, probe.rank
+    def __init__(self, features, labels, size, seed, rank=0, world=1, state=None, first_pass=0):
+        self.features, self.labels, self.size, self.seed, self.part = features, labels, size, seed, rank
         digest = hashlib.blake2b(labels.cpu().numpy(), digest_size=8).hexdigest()  # tells the images and their order
-        self.layout = {"processes": probe.world, "batch_size": size, "labels": digest}
-        if place and place["layout"] != self.layout:
-            raise UserError(f"the checkpoint divides the data otherwise ({place['layout']} -> {self.layout}): keep the "
+        self.layout = {"processes": world, "batch_size": size, "labels": digest}
+        state = (state or {}).get(rank)
+        if state and state["layout"] != self.layout:
+            raise UserError(f"the checkpoint divides the data otherwise ({state['layout']} -> {self.layout}): keep the "
                             "old number of processes and --workers, or pass another --run-dir")  # fmt: skip
-        self.taken = place["taken"] if place else first_pass * len(labels)
-        self.seen = place["seen"] if place else 0
+        self.taken = state["taken"] if state else first_pass * len(labels)
+        self.seen = state["seen"] if state else 0
         self.epoch, self.order = first_pass, None
 
     def state_dict(self):
-        return {"taken": self.taken, "pass": self.epoch, "seen": self.seen, "layout": self.layout}
+        return {self.part: {"taken": self.taken, "pass": self.epoch, "seen": self.seen, "layout": self.layout}}
+
+    def reported(self):
+        """Nothing is left to report."""
 
     def __next__(self):
         rows, size = [], self.size
         while size:
             epoch, first = divmod(self.taken, len(self.labels))
             if epoch != self.epoch or self.order is None:
-                self.epoch, self.order = epoch, torch.tensor(permutation(len(self.labels), self.seed, epoch, self.rank))
-            part = self.order[first : first + size]
-            rows.append(part)
-            size, self.taken = size - len(part), self.taken + len(part)
+                self.epoch, self.order = epoch, torch.tensor(permutation(len(self.labels), self.seed, epoch, self.part))
+            piece = self.order[first : first + size]
+            rows.append(piece)
+            size, self.taken = size - len(piece), self.taken + len(piece)
         rows = torch.cat(rows)
-        self.seen = key(self.seen, rows.numpy().tobytes())
+        self.seen = seed_of(self.seen, rows.numpy().tobytes())
         rows = to_device(rows, self.features.device)
         return {"features": self.features[rows], "labels": self.labels[rows]}
 
@@ -744,111 +587,110 @@ def join_statistics(accelerator, heads):
             buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))
 
 
-def extract_once(probe, train_source, val_source, place, first_pass, knn_of_before):
-    """What is extracted once for a linear or attentive probe: (stream, features to evaluate on, kNN rows), each None
-    where there is no need. The images to learn from are extracted if asked to, those to evaluate on unless all their
-    tokens are wanted, pooled features of both for kNN."""
-    args, asked = probe.args, probe.args.probe
-    needs_knn, cached = asked.knn and not knn_of_before, asked.cache_features
-    stream, val, rows = None, None, knn_of_before
-    if cached or needs_knn or isinstance(args, Linear):
-        select = probe.keep if cached else pooled
-        val = probe.extract(val_source, select, "val")
-        bank = probe.extract(train_source, select, "train") if cached or needs_knn else None
+def extract_once(extractor, train_source, val_source):
+    """What is extracted once for a linear or attentive probe: (stream, features to evaluate on), each None where there
+    is no need. The images to learn from are extracted if asked to, those to evaluate on unless all their tokens are
+    wanted, pooled features of both for kNN, whose rows go into run.memory["knn"]."""
+    args, run = extractor.args, extractor.run
+    cached, attentive = args.probe.cache_features, isinstance(args, Attentive)
+    needs_knn = args.probe.knn and not run.memory.get("knn")
+    run.memory.setdefault("knn", None)
+    stream = val = None
+    if cached or needs_knn or not attentive:
+        select = extractor.features if cached else pooled
+        val = extractor.extract(val_source, select, "val")
+        bank = extractor.extract(train_source, select, "train") if cached or needs_knn else None
         if needs_knn:
-            pool = pooled if select is not pooled and isinstance(args, Attentive) else (lambda x: x)
-            rows = knn_rows(probe, *((pool(x), y) for x, y in (bank, val)), len(train_source.classes))
+            pool = pooled if select is not pooled and attentive else (lambda x: x)
+            pairs = ((pool(x), y) for x, y in (bank, val))
+            run.memory["knn"] = knn_rows(extractor, *pairs, len(train_source.classes))
         if cached:
-            features = probe.look(bank[0])
-            stream = CachedStream(features, bank[1], args.data.batch_size, args.run.seed, probe, place, first_pass)
-            val = probe.look(val[0]), val[1]
-        elif isinstance(args, Attentive):
+            stream = CachedStream(extractor.head_input(bank[0]), bank[1], args.data.batch_size, args.run.seed, run.rank,
+                                  run.world, run.progress.data_states, run.progress.first_pass)  # fmt: skip
+            val = extractor.head_input(val[0]), val[1]
+        elif attentive:
             val = None
-    return stream, val, rows
+    return stream, val
 
 
-def train_heads(probe, train_source, val_source, resume, config):
+# ----------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def learning_rate(step, total, warmup):
+    """As a share of its peak: linear from 0 over `warmup` steps, then a cosine to 0 at the last step."""
+    if step < warmup:
+        return step / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup - 1, 1)))
+
+
+def train_heads(run, extractor, train_source, val_source, length, description):
     """Train the heads of a linear or attentive probe: (settings, evaluations, kNN rows or None), or None if this run is
     complete already. Raises UserError and RunError."""
-    args, accelerator, device = probe.args, probe.accelerator, probe.device
-    data, run, asked, run_dir = args.data, args.run, args.probe, Path(args.run.run_dir)
-    num_classes, effective = len(train_source.classes), data.effective_batch_size
-    forwards = effective // (data.batch_size * probe.world)
-    total, steps_per_pass, warmup = length_of_run(run, data, train_source, asked.warmup_epochs, 9)
-
-    heads, settings, optimizer = make_heads(args, probe.encoder, num_classes)
-    heads, optimizer = prepare(accelerator, heads, optimizer)
-    bare = accelerator.unwrap_model(heads)
-    trainer, (place,) = load_checkpoint(accelerator, resume, run_dir, probe.world)
-    start, evaluations, rows = trainer["step"], trainer.get("evaluations", []), trainer.get("knn")
-    complete = start >= total and (run_dir / "result.json").exists()
-    if accelerator.is_main_process:
-        per_image = "features cached" if asked.cache_features else "random crops and flips"
-        print(f"{task_of(args)}: {len(settings)} head{'s' * (len(settings) > 1)}, {args.encoder.image_size} pixels, "
-              f"{num_classes} classes, {per_image}; {probe.world} process{'es' * (probe.world > 1)} x "
-              f"{data.batch_size} images x {forwards} = {effective} a step; {total} steps; {run_dir}",
-              flush=True)  # fmt: skip
-        if steps_per_pass and steps_per_pass < 4:
-            print(f"a pass is only {steps_per_pass:.1f} steps: a smaller --effective-batch-size learns more from "
-                  f"{train_source.num_images} images", file=sys.stderr)  # fmt: skip
-        write_config(run_dir, *config, trainer["changed"])
-        report_resume(resume, trainer, total, run_dir)
-    if complete:
+    args, asked, num_classes = extractor.args, extractor.args.probe, len(train_source.classes)
+    heads, settings, optimizer = make_heads(args, extractor.encoder, num_classes)
+    per_image = "features cached" if asked.cache_features else "random crops and flips"
+    run.header(f"{task_of(args)}: {len(settings)} head{'s' * (len(settings) > 1)}, {args.encoder.image_size} pixels, "
+               f"{num_classes} classes, {per_image}", length)  # fmt: skip
+    if run.is_main and length.steps_per_pass and length.steps_per_pass < 4:
+        print(f"a pass is only {length.steps_per_pass:.1f} steps: a smaller --effective-batch-size learns more from "
+              f"{train_source.num_images} images", file=sys.stderr)  # fmt: skip
+    # A checkpoint holds heads, optimizer, the evaluations so far and kNN, the place in the data and the step.
+    heads, optimizer = run.prepare(heads, optimizer)
+    bare = run.accelerator.unwrap_model(heads)
+    run.load_checkpoint(length, description)
+    if run.progress.step >= length.steps and (run.folder / "result.json").exists():
         return None
-
-    stream, val, rows = extract_once(probe, train_source, val_source, place, trainer["first_pass"], rows)
+    evaluations = run.memory.setdefault("evaluations", [])
+    stream, val = extract_once(extractor, train_source, val_source)
     if stream is None:
-        view = Augment(args.encoder.image_size, asked.crop_scale, asked.flip)
-        first = trainer["first_pass"]
-        stream = Stream(train_source, view, data, run.seed, probe.rank, probe.world, place, first)
-
-    def to_evaluate():
-        if val is None:
-            return probe.batches(val_source, lambda tokens: probe.look(probe.keep(tokens)), "val")
-        return zip(*(x.split(data.batch_size) for x in val), strict=True) if len(val[1]) else []
-
-    start_tracker(accelerator, "cae-probe", args)
+        stream = run.stream(train_source, Augment(args.encoder.image_size, asked.crop_scale, asked.flip))
     heads.train()
 
-    def learn(step, batches):
-        """One optimizer step, on the features of all forward passes together: BatchNorm sees the whole batch."""
-        factor = learning_rate(step, total, warmup, 1.0, 0.0)
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
-        features, labels = [], []
-        for batch in batches:
-            fresh = batch["features"] if asked.cache_features else probe.look(probe.see(batch["images"], probe.keep))
-            features.append(fresh)
-            labels.append(to_device(batch["labels"], device))
-        logits = heads(torch.cat(features))                                              # (heads, B, C)
-        target = torch.cat(labels).expand(len(settings), -1)                             # (heads, B)
-        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(dim=1)
-        accelerator.backward(loss.sum())  # no head's loss depends on another's weights
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bad = ~torch.isfinite(loss).any()  # a head may diverge by itself, for good; only when all have, the run ends
-        return {"loss": loss[0], "loss_heads": loss, "bad": bad, "lr": optimizer.param_groups[0]["lr"]}
+    def select(tokens):
+        return extractor.head_input(extractor.features(tokens))
 
-    def judge(line):
-        join_statistics(accelerator, bare)
+    def evaluate(line):
+        """Every head, after an epoch."""
+        join_statistics(run.accelerator, bare)
         heads.eval()
-        accuracy, images = evaluate(accelerator, bare, to_evaluate(), (len(settings),))
+        if val is None:
+            batches = extractor.batches(val_source, select, "val")
+        else:
+            batches = zip(*(x.split(args.data.batch_size) for x in val), strict=True) if len(val[1]) else []
+        tops, images = accuracy(run.accelerator, bare, batches, (len(settings),))
         heads.train()
         require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
         losses = [loss if loss is not None and math.isfinite(loss) else None for loss in line["loss_heads"]]
         evaluations.append({"step": line["step"], "epoch": line["epoch"], "images": images, "loss": losses,
-                            "accuracy": accuracy})  # fmt: skip
-        return {"top1": accuracy[0][0], "top5": accuracy[0][1], "top1_heads": [top1 for top1, _ in accuracy]}
+                            "accuracy": tops})  # fmt: skip
+        return {"top1": tops[0][0], "top5": tops[0][1], "top1_heads": [top1 for top1, _ in tops]}
 
-    def state():
-        join_statistics(accelerator, bare)  # a checkpoint holds one rank's statistics for all
-        return {"evaluations": evaluations, "knn": rows}
+    def before_checkpoint():
+        join_statistics(run.accelerator, bare)  # a checkpoint holds one rank's statistics for all
 
-    fit(accelerator, run, data, train_source, [stream], learn, total, trainer,
-        evaluate=judge, eval_every=asked.eval_every, state=state)  # fmt: skip
+    for step in run.steps(stream, evaluate=evaluate, evaluate_every=asked.eval_every,
+                          before_checkpoint=before_checkpoint):  # fmt: skip
+        factor = learning_rate(step, length.steps, length.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+
+        features, labels = [], []
+        for images, classes in run.batches():  # forward passes whose features make one batch: BatchNorm sees it whole
+            features.append(images if asked.cache_features else extractor.encode(images, select))
+            labels.append(classes)
+        logits = heads(torch.cat(features))                                              # (heads, B, C)
+        target = torch.cat(labels).expand(len(settings), -1)                             # (heads, B)
+        loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(dim=1)
+        run.accelerator.backward(loss.sum())  # loss.backward(): no head's loss depends on another's weights
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        diverged = ~torch.isfinite(loss).any()  # a head may diverge by itself, for good; when all have, the run ends
+        run.record({"loss": loss[0], "loss_heads": loss, "lr": optimizer.param_groups[0]["lr"]}, skipped=diverged)
+
     if not asked.cache_features:
-        probe.skipped["train"] = stream.skipped
-    return settings, evaluations, rows
+        extractor.skipped["train"] = stream.skipped
+    return settings, evaluations, run.memory["knn"]
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -856,9 +698,9 @@ def train_heads(probe, train_source, val_source, resume, config):
 
 
 def references(task, encoder):
-    """Rows of REFERENCE: models of this width and patch with a number for the task, the same model first."""
+    """Rows of PUBLISHED: models of this width and patch with a number for the task, the same model first."""
     shape = (encoder.dim, encoder.patch_size)
-    rows = [row for row in REFERENCE if (SIZES[row[2]]["encoder"]["dim"], 16) == shape and task in row[4]]
+    rows = [row for row in PUBLISHED if (SIZES[row[2]]["encoder"]["dim"], 16) == shape and task in row[4]]
     return [{"model": row[0], **row[4]} for row in sorted(rows, key=lambda row: row[1] != encoder.kind)]
 
 
@@ -957,79 +799,78 @@ def figures(result):
 
 def evaluate_encoder(args):
     """One sub-command. Raises UserError and RunError."""
-    began, world = time.perf_counter(), int(os.environ.get("WORLD_SIZE", 1))
-    default(args.run, "run_dir", name_run(task_of(args), args.encoder, args.data))
+    fill(args.run, "run_dir", default_run_dir(task_of(args), args.encoder, args.data))
     trains = not isinstance(args, KNN)
-    accelerator, _ = make_accelerator(args.run, args.data, args.run.tracker if trains else "none")
-    with all_or_none(accelerator):
-        encoder = load_encoder(args.encoder, args.run.seed)
-        args = resolve(args, encoder, world)
-        size = args.encoder.image_size
-        try:
-            tokens = encoder(torch.zeros(1, 3, size, size)).shape
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"the encoder cannot take --image-size {size}: {first_line(error)}") from error
-        wanted = (1, 1 + (size // encoder.patch_size) ** 2, encoder.dim)
-        require(tokens == wanted, f"the encoder's output at --image-size {size} is {tuple(tokens)}: {wanted}, a class "
-                                  "token and the patches, is needed")  # fmt: skip
-        train_source, val_source = open_labelled(args.data, args.labels, world if trains else 1)
-        values = {**json.loads(json.dumps(flat(args))), "task": task_of(args), "weights": digest(encoder.model)}
-        run_dir = Path(args.run.run_dir)
+    with Run(args, "cae-probe") as run:
+        with run.main_process_first():
+            encoder = load_encoder(args.encoder, args.run.seed)
+            args = resolve(args, encoder, run.world)
+            require_tokens(encoder, args.encoder.image_size)
+            train_source, val_source = open_labelled(args.data, args.labels, run.world if trains else 1)
+            identity = {"task": task_of(args), "weights": weights_of(encoder)}
+            if trains:
+                length = length_of_run(args.run, args.data, train_source, args.probe.warmup_epochs, 9)
+                run.open_folder(args, **identity)
+            else:
+                names = ("checkpoints", "log.jsonl", "model")
+                require(not any((run.folder / name).exists() for name in names),
+                        f"run folder {run.folder} holds a run of another kind: pass another --run-dir")
+                make_run_dir(run.folder)
+        description = {name: getattr(encoder, name) for name in ("kind", "dim", "patch_size")}
+        extractor, num_classes, found = Extractor(args, encoder, run), len(train_source.classes), None
         if trains:
-            length_of_run(args.run, args.data, train_source, args.probe.warmup_epochs, 9)  # for its mistakes
-            resume = prepare_run_dir(args.run, values)
+            trained = train_heads(run, extractor, train_source, val_source, length, description)
+            if trained:
+                settings, evaluations, rows = trained
+                found = {**summary(args, settings, evaluations), **({"knn": rows} if rows else {})}
         else:
-            kept = [name for name in ("checkpoints", "log.jsonl", "model") if (run_dir / name).exists()]
-            require(not kept, f"run folder {run_dir} holds a run of another kind: pass another --run-dir")
-            make_run_dir(run_dir)
-    description = {name: getattr(encoder, name) for name in ("kind", "dim", "patch_size")}
-    if accelerator.is_main_process and not trains:
-        write_config(run_dir, values, description)
+            if run.is_main:
+                write_config(run.folder, {**flat(args), **identity}, description)
+            bank = extractor.extract(train_source, pooled, "train")
+            val = extractor.extract(val_source, pooled, "val")
+            rows = knn_rows(extractor, bank, val, num_classes)
+            images = sum(run.gather([len(val[1])]))
+            found = {"top1": rows[0]["top1"], "top5": rows[0]["top5"], "knn": rows, "images": images}
+        skipped = run.gather([extractor.skipped])
+        run.end()
+        if not run.is_main:
+            return
+        if found is None:  # the run was complete before
+            result = json.loads((run.folder / "result.json").read_text())
+        else:
+            result = run.write_result("probe.py", {
+                "task": task_of(args),
+                **found,
+                "encoder": args.encoder.checkpoint or f"random init {args.encoder.random_init}",
+                **description,
+                "weights": identity["weights"],
+                "image_size": args.encoder.image_size,
+                "dataset": args.data.dataset,
+                "split": args.data.split,
+                "val_split": args.labels.val_split,
+                "classes": num_classes,
+                "skipped": sum(part["val"] for part in skipped),
+                "train_skipped": sum(part["train"] for part in skipped),
+                "seed": args.run.seed,
+                "reference": references(task_of(args), encoder),
+            })  # fmt: skip
+        print("\n".join(table(result, read_results(args.encoder.beside))) + f"\n\n{run.folder / 'result.json'}:")
+        print(json.dumps(result), flush=True)
 
-    probe, num_classes, found = Probe(args, encoder, accelerator), len(train_source.classes), None
-    if trains:
-        trained = train_heads(probe, train_source, val_source, resume, (values, description))
-        if trained:
-            settings, evaluations, rows = trained
-            found = {**summary(args, settings, evaluations), **({"knn": rows} if rows else {})}
-    else:
-        bank, val = probe.extract(train_source, pooled, "train"), probe.extract(val_source, pooled, "val")
-        rows = knn_rows(probe, bank, val, num_classes)
-        images = sum(gather_object([len(val[1])]))
-        found = {"top1": rows[0]["top1"], "top5": rows[0]["top5"], "knn": rows, "images": images}
-    skipped = gather_object([probe.skipped])
-    accelerator.end_training()
-    if not accelerator.is_main_process:
-        return
-    if found is None:  # the run was complete before
-        result = json.loads((run_dir / "result.json").read_text())
-    else:
-        result = {
-            "task": task_of(args),
-            **found,
-            "encoder": args.encoder.checkpoint or f"random init {args.encoder.random_init}",
-            **description,
-            "weights": values["weights"],
-            "image_size": args.encoder.image_size,
-            "dataset": args.data.dataset,
-            "split": args.data.split,
-            "val_split": args.labels.val_split,
-            "classes": num_classes,
-            "skipped": sum(part["val"] for part in skipped),
-            "train_skipped": sum(part["train"] for part in skipped),
-            "seed": args.run.seed,
-            "reference": references(task_of(args), encoder),
-            "processes": world,
-            "seconds": round(time.perf_counter() - began, 1),
-            "command": shlex.join(["probe.py", *sys.argv[1:]]),
-        }
-        write_aside(run_dir / "result.json", json.dumps(result, indent=2))
-    print("\n".join(table(result, read_results(args.encoder.beside))) + f"\n\n{run_dir / 'result.json'}:")
-    print(json.dumps(result), flush=True)
+
+def require_tokens(encoder, size):
+    """The encoder must give a class token and the patches of images of this size. Raises UserError."""
+    try:
+        tokens = encoder(torch.zeros(1, 3, size, size)).shape
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"the encoder cannot take --image-size {size}: {first_line(error)}") from error
+    wanted = (1, 1 + (size // encoder.patch_size) ** 2, encoder.dim)
+    require(tokens == wanted, f"the encoder's output at --image-size {size} is {tuple(tokens)}: {wanted}, a class "
+                              "token and the patches, is needed")  # fmt: skip
 
 
 def main():
-    command_line(lambda: evaluate_encoder(parse(kind=Command, description=__doc__.partition("\n\n")[0])))
+    command_line(lambda: evaluate_encoder(parse(Command, description=__doc__.partition("\n\n")[0])))
 
 
 if __name__ == "__main__":

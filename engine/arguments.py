@@ -1,0 +1,255 @@
+"""Command lines: the groups of flags that the scripts share, reading them, filling them in, checking them.
+
+A script's arguments are one dataclass of such groups. Values of None follow from others.
+"""
+
+from engine.errors import UserError, require
+
+import dataclasses
+import enum
+import inspect
+import os
+import re
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+DEMO = Path(__file__).resolve().parent.parent / "demo"
+
+
+class Mark(enum.Enum):
+    """How a flag may differ between a run and its continuation. The mark stands at the flag, in its Annotated type;
+    without one, another value needs --resume-changed. engine/checkpoints.py has the rule."""
+
+    FREE = "may change at any time"
+    LENGTH = "may grow"
+    DATA = "decides which image comes when: with another value the data begin anew"
+
+
+def marks_of(args):
+    """{flag name: Mark} of all groups. A field that is declared again in a subclass keeps its mark."""
+    return {
+        name: mark
+        for group in dataclasses.fields(args)
+        for kind in reversed(type(getattr(args, group.name)).__mro__)
+        for name, hint in inspect.get_annotations(kind).items()
+        for mark in getattr(hint, "__metadata__", ())
+        if isinstance(mark, Mark)
+    }
+
+
+# None: by the recipe, or read from the data. --help then shows the docstring's "Default: ..." alone.
+AutoInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+AutoFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+AutoStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+
+
+@dataclass
+class ImagesArgs:
+    """Which images, and who reads them. All scripts have these."""
+
+    dataset: Annotated[str, Mark.DATA] = "ILSVRC/imagenet-1k"
+    """Hub id; local folder (class subfolders, Parquet or webdataset .tar) or file; or `demo`."""
+    split: Annotated[str, Mark.DATA] = "train"
+    """Split of the data set."""
+    image_column: Annotated[AutoStr, Mark.DATA] = None
+    """Column with the images. Default: `image`, or the first column of images."""
+    label_column: AutoStr = None
+    """Column with the labels; pretraining only checks that it exists. Default: `label` or `cls`, where there is one."""
+    streaming: Annotated[bool, tyro.conf.arg(help_behavior_hint=""), Mark.DATA] = False
+    """Read shards as a stream instead of downloading them first (Parquet, tar). Default: on for Hub ids and `demo`."""
+    num_images: Annotated[AutoInt, Mark.DATA] = None
+    """Images in the split. Default: read from the data; needed for remote tar shards only."""
+    batch_size: Annotated[AutoInt, Mark.DATA] = None
+    """Images per process and forward pass. Default: 256, or the effective batch size's share if that is less."""
+    workers: Annotated[AutoInt, Mark.FREE] = None
+    """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 8."""
+    patience: Annotated[float, Mark.FREE] = 30.0
+    """Minutes that a data server may stay away before the run ends, with a checkpoint."""
+
+
+@dataclass
+class DataArgs(ImagesArgs):
+    """Which images, and how they reach the model."""
+
+    effective_batch_size: AutoInt = None
+    """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 64)."""
+    parts: Annotated[AutoInt, Mark.DATA] = None
+    """Parts that every pass is divided into, each with an order of its own; a multiple of the number of processes. A
+    resumed run keeps them, on fewer processes too. Default: the number of processes."""
+    shuffle_window: Annotated[int, Mark.DATA] = 512
+    """Streams: images of a worker that are shuffled among each other."""
+    interleave: Annotated[int, Mark.DATA] = 4
+    """Streams: shards that a worker reads in turn, one image each."""
+
+
+@dataclass
+class LabelArgs:
+    """The split to evaluate on, and the classes."""
+
+    val_split: AutoStr = None
+    """Split to evaluate on. Default: the first that exists of validation, val, valid and test."""
+    num_classes: AutoInt = None
+    """Number of classes. Default: read from the data; needed for tar shards only."""
+
+
+@dataclass
+class DeviceArgs:
+    """Where to, and on what. All scripts have these."""
+
+    run_dir: Annotated[AutoStr, Mark.FREE] = None
+    """Run folder. Default: one in runs/, named after what is run."""
+    seed: Annotated[int, Mark.DATA] = 0
+    """Seed of everything random."""
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast. auto: bf16 on a GPU that has it, otherwise fp32."""
+    compile: Annotated[bool, Mark.FREE] = False
+    """Compile model and teacher, or the frozen encoder, with torch.compile."""
+    timeout: Annotated[float, Mark.FREE] = 10.0
+    """Minutes that a process waits for another one, beyond --patience, before the run ends; also while the first one
+    downloads data that are not streamed."""
+
+
+@dataclass
+class RunArgs(DeviceArgs):
+    """How long, where to, and on what."""
+
+    epochs: Annotated[AutoFloat, Mark.LENGTH] = None
+    """Passes over the data. Default: 300 (nano and demo: 10)."""
+    steps: Annotated[AutoInt, Mark.LENGTH] = None
+    """Optimizer steps, instead of epochs."""
+    log_every: Annotated[int, Mark.FREE] = 20
+    """Steps between log lines. Only there, in evaluations and in checkpoints does the host wait for the device."""
+    checkpoint_every: Annotated[int, Mark.FREE] = 1000
+    """Steps between checkpoints; the last step always writes one."""
+    keep: Annotated[int, Mark.FREE] = 3
+    """Last checkpoints that are kept."""
+    milestone_every: Annotated[int, Mark.FREE] = 0
+    """Steps between checkpoints that are kept for good; 0: none."""
+    resume: Annotated[str, Mark.FREE] = "auto"
+    """auto: continue the run folder; never: refuse one with checkpoints; PATH: start from this checkpoint or run."""
+    resume_changed: Annotated[bool, Mark.FREE] = False
+    """Continue with other values than the run began with; they are listed in config.json."""
+    max_bad_steps: Annotated[int, Mark.FREE] = 10
+    """A step whose loss or gradient is not finite is skipped; so many in a row end the run."""
+    tracker: Annotated[Literal["none", "tensorboard", "wandb", "trackio"], Mark.FREE] = "none"
+    """Accelerate tracker that receives every logged value, beside log.jsonl."""
+
+
+def parse(kind, argv=None, **options):
+    """Command line -> `kind`, a dataclass or a choice of them. The default of --streaming depends on the data
+    set, hence the second reading."""
+    first = tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), **options)
+    default = type(first)()
+    default.data.streaming = local_path(first.data.dataset) is None or first.data.dataset == "demo"
+    return tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
+
+
+def fill(group, name, value):
+    """Give a field that was left out its value."""
+    if getattr(group, name) is None:
+        setattr(group, name, value)
+
+
+def require_positive(group, *names):
+    for name in names:
+        value = getattr(group, name)
+        require(value is None or value > 0, f"--{name.replace('_', '-')} is {value}: it must be positive")
+
+
+def require_not_negative(group, *names):
+    for name in names:
+        value = getattr(group, name) or 0
+        require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must not be negative")
+
+
+def require_views(group):
+    """The two values that crop_and_flip takes."""
+    low, high = group.crop_scale
+    require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
+    require(0 <= group.flip <= 1, f"--flip is {group.flip}: it must lie between 0 and 1")
+
+
+def resolve_run(data, run, world, old, *, batch, effective, epochs):
+    """Batch sizes and length of a training run, in place, from the recipe's where None; `old` are the arguments of the
+    run that is resumed, or {}. Raises UserError."""
+    require(run.epochs is None or run.steps is None, "--epochs and --steps are both given: give one")
+    if run.steps is None:
+        fill(run, "epochs", epochs)
+    resolve_images(data)
+    given = data.effective_batch_size is not None
+    fill(data, "parts", old.get("parts", world))
+    fits = [str(n) for n in range(1, data.parts + 1) if data.parts % n == 0]
+    require(
+        data.parts > 0 and data.parts % world == 0,
+        f"--parts {data.parts}{' of the run that is resumed' if old.get('parts') == data.parts else ''} cannot be "
+        f"shared by {world} processes: use {' or '.join(fits) or 'a positive number'}",
+    )
+    fill(data, "batch_size", old.get("batch_size"))
+    fill(data, "effective_batch_size", effective)
+    fill(data, "batch_size", max(1, min(batch, data.effective_batch_size // data.parts)))
+    together = data.batch_size * data.parts
+    nearest = together * max(1, round(data.effective_batch_size / together))
+    if not given:  # the recipe's, as near as this number of processes comes to it
+        data.effective_batch_size = nearest
+    require_positive(data, "effective_batch_size", "shuffle_window", "interleave")
+    require_positive(run, "log_every", "checkpoint_every", "keep", "max_bad_steps", "timeout", "steps", "epochs")
+    require_not_negative(run, "milestone_every")
+    require(
+        data.effective_batch_size % together == 0,
+        f"--effective-batch-size {data.effective_batch_size} is not a multiple of --batch-size {data.batch_size} times "
+        f"{data.parts} {'processes' if data.parts == world else 'parts'}: try {nearest}",
+    )
+    require(
+        run.tracker == "none" or find_spec(run.tracker) is not None,
+        f"--tracker {run.tracker} is not installed: pip install {run.tracker}",
+    )
+
+
+def resolve_images(data):
+    """What every script asks of its ImagesArgs. Raises UserError."""
+    fill(data, "workers", min(8, cores_per_process()))
+    require_not_negative(data, "workers")
+    require_positive(data, "patience", "batch_size")
+
+
+def world_size():
+    """The number of processes of this run, as the launcher says."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def cores_per_process():
+    """This process's share of the cores that may be used."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def flat(args):
+    """{flag name: value} of all groups."""
+    return {k: v for group in dataclasses.asdict(args).values() for k, v in group.items()}
+
+
+def default_run_dir(task, origin, data):
+    """Run folder of probe.py and finetune.py where none is given, runs/TASK-ORIGIN-DATA; `origin` is the group of
+    --checkpoint and --random-init. Raises UserError."""
+    require((origin.checkpoint is None) != (origin.random_init is None), "give either --checkpoint or --random-init")
+    name, data = origin.checkpoint or f"random-{origin.random_init}", Path(data.dataset).stem
+    name = re.sub(r"[^\w.-]+", "-", name.removeprefix("runs/")).strip("-.")
+    return f"runs/{task}-{name}" + f"-{data}" * (data not in name)
+
+
+def local_path(dataset):
+    """Path of a local data set; None for a Hub id. Raises UserError for a path that does not exist."""
+    if dataset == "demo":
+        return DEMO / "fashion_mnist"
+    if not dataset:
+        raise UserError("--dataset is empty: give a Hub id, a folder, a file, or demo")
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return path
+    if not re.fullmatch(r"[\w][\w.-]*(/[\w.-]+)?", dataset):
+        raise UserError(f"data set {dataset} does not exist: no such folder or file, and not an id of the Hub")
+    return None

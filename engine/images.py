@@ -1,0 +1,137 @@
+"""Images: encoded bytes -> uint8 RGB -> crop -> device -> normalised pixels.
+
+What is random draws from torch's global generator, which a view seeds for each image. torchvision is imported where it
+is used: a wrong flag is answered without it.
+"""
+
+import io
+import math
+import warnings
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+ImageFile.LOAD_TRUNCATED_IMAGES = True  # what is there of a cut-off file is used, the rest is grey or black
+# A JPEG of 600 bytes may claim 65,500 x 65,500 pixels, which would be 12 GB. A camera's 100 megapixels are 0.3 GB.
+MAX_PIXELS = 2**27
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Image.open refuses more than twice as many, before any of them is decoded
+# Not all that Pillow knows: for EPS it would start Ghostscript, which executes what the file says.
+FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
+# Segments that may stand before the size of a JPEG: tables, comments, application data.
+BEFORE_SIZE = {bytes((0xFF, kind)) for kind in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))}
+
+
+def jpeg_pixels(data):
+    """The number of pixels that a JPEG claims to have, infinite where its header is out of order. Pillow's way to it
+    would cost up to 8 % of the decoding, this one 0.3 %."""
+    at = 2
+    while data[at : at + 2] in BEFORE_SIZE:
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    if data[at : at + 2] not in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"):  # baseline, extended, progressive
+        return math.inf
+    return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
+
+
+def decode(data):
+    """Encoded bytes of any common format -> uint8 (3, H, W). Raises an exception of any kind for what is no image, or
+    claims more than MAX_PIXELS.
+
+    torchvision's decoder for JPEG; Pillow for all else and for what that decoder refuses (truncated or odd files).
+    """
+    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    if data[:2] == b"\xff\xd8" and jpeg_pixels(data) <= MAX_PIXELS:  # torchvision itself has no limit
+        try:
+            return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError:
+            data += b"\xff\xd9"  # an end; of a progressive file without one, Pillow makes black
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # broken EXIF and the like; the pixels decide
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:  # whose message holds an address in memory
+            raise ValueError("no image of a known format") from None
+        if image.mode.startswith("I"):  # 16 bits: Pillow's own conversion would clip to 255
+            image = image.convert("I").point(lambda value: value / 256).convert("L")
+        if image.mode in ("PA", "LA", "RGBA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        return pil_to_tensor(image.convert("RGB"))
+
+
+def crop_and_flip(size, scale, flip):
+    """What every view to learn from begins with: random resized crop, bicubic, and horizontal flip."""
+    from torchvision.transforms import v2
+
+    bicubic = v2.InterpolationMode.BICUBIC
+    return [v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True), v2.RandomHorizontalFlip(flip)]
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation by factors in [1 - strength, 1 + strength], in random order: torchvision's
+    ColorJitter (without hue), but rounded once at the end, in 40 % of its time. uint8 (3, H, W) -> uint8 (3, H, W)."""
+
+    def __init__(self, strength):
+        self.strength = strength
+
+    def __call__(self, image):
+        order = torch.randperm(3).tolist()
+        factors = torch.empty(3).uniform_(1 - self.strength, 1 + self.strength).tolist()
+        x = image.contiguous().float()
+        for kind in order:
+            if kind == 0:
+                x.mul_(factors[kind])
+            else:  # away from the mean grey (contrast), or from the grey of each pixel (saturation)
+                grey = (0.2989 * x[0]).add_(x[1], alpha=0.587).add_(x[2], alpha=0.114)
+                x.mul_(factors[kind]).add_(grey.mean() if kind == 1 else grey, alpha=1 - factors[kind])
+            x.clamp_(0, 255)
+        return x.round_().to(torch.uint8)
+
+
+class CenterCrop:
+    """The view for evaluation: the shorter side to size / ratio, bicubic, then the centre. Ratio 0.875 is the 256 for
+    224 of ImageNet; 1 cuts off nothing but what is not square."""
+
+    names = ("images",)
+
+    def __init__(self, size, ratio):
+        from torchvision.transforms import v2
+
+        self.transform = v2.Compose([
+            v2.Resize(round(size / ratio), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.CenterCrop(size),
+        ])  # fmt: skip
+
+    def __call__(self, image, seed):
+        """uint8 (3, H, W) -> (uint8 (3, S, S),). The seed has no use."""
+        from torchvision.transforms.v2.functional import center_crop
+
+        longest = 8 * min(image.shape[-2:])  # of 65,500 x 1 pixels the middle alone: resized, the whole were 13 GB
+        return (self.transform(center_crop(image, [min(side, longest) for side in image.shape[-2:]])),)
+
+
+@lru_cache
+def per_channel(values, device):
+    """A tuple of three as (1, 3, 1, 1), made once: a copy to a GPU in each step would make the host wait."""
+    return torch.tensor(values, device=device).view(1, 3, 1, 1)
+
+
+def normalize(pixels, mean, std):
+    """Pixels in [0, 1] (B, 3, H, W) -> (x - mean) / std per channel."""
+    return (pixels - per_channel(mean, pixels.device)) / per_channel(std, pixels.device)
+
+
+def resize(pixels, size):
+    """Antialiased bicubic, back into [0, 1]; nothing to do at the right size."""
+    if pixels.shape[-2:] == size:
+        return pixels
+    return F.interpolate(pixels, size, mode="bicubic", antialias=True).clamp(0, 1)
+
+
+def to_device(tensor, device):
+    """Copy to the device; to a GPU from pinned memory, so that the host does not wait."""
+    pin = device.type == "cuda" and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)

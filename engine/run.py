@@ -1,0 +1,613 @@
+"""Run: device, processes, signals, skipped steps, log and checkpoints. It hands out steps; the script takes them."""
+
+from engine.arguments import cores_per_process, flat, marks_of
+from engine.checkpoints import (
+    Progress,
+    checkpoints,
+    load_checkpoint,
+    make_run_dir,
+    plan_resume,
+    report_resume,
+    save_checkpoint,
+    whole_weights,
+    write_config,
+    write_model_folder,
+)
+from engine.errors import STOP_SIGNALS, RunError, UserError, first_line, require
+from engine.files import write_text
+from engine.images import to_device
+from engine.log import Log
+from engine.network import growing_pauses
+from engine.seeds import seed_of
+from engine.stream import Stream
+
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm.auto import tqdm
+
+
+@dataclass
+class Length:
+    """How long a run is."""
+
+    steps: int
+    """Optimizer steps."""
+    steps_per_pass: float | None
+    """Steps of a pass over the data; None where the number of images is unknown."""
+    warmup: int
+    """Steps in which the learning rate rises."""
+
+
+def length_of_run(run, data, source, warmup_epochs=None, share=None):
+    """RunArgs, DataArgs, Source -> Length. Raises UserError.
+
+    Warm-up where None is given: one of `share` parts of the run; for pretraining 10, 20, 40 epochs of 300, 800, 1600,
+    and a thirtieth of a shorter run.
+    """
+    known = source.num_images is not None
+    require(
+        known or run.steps is not None,
+        f"the number of images in {source.name} is unknown: pass --num-images, or --steps for --epochs",
+    )
+    require(
+        known or warmup_epochs is None,
+        f"the number of images in {source.name} is unknown: --warmup-epochs needs --num-images",
+    )
+    steps_per_pass = source.num_images / data.effective_batch_size if known else None
+    total = run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
+    if warmup_epochs is not None:
+        warmup = round(warmup_epochs * steps_per_pass)
+    else:
+        warmup = total // (share or (40 if known and round(total / steps_per_pass) > 300 else 30))
+    require(warmup < total, f"--warmup-epochs {warmup_epochs} is not shorter than the run")
+    return Length(total, steps_per_pass, warmup)
+
+
+def completes_passes(step, total, steps_per_pass, every):
+    """Whether the step that ends at `step` completes another `every` passes, or the run."""
+    passed = (steps_per_pass or math.inf) * every
+    return step == total or int(step / passed + 1e-9) > int((step - 1) / passed + 1e-9)
+
+
+@dataclass
+class SkippedSteps:
+    """Counts of steps that were skipped, as tensors on the device: the host does not wait for them."""
+
+    streak: torch.Tensor
+    """Of the last steps, one after the other."""
+    longest: torch.Tensor
+    """The longest streak since the last line of the log."""
+    all: torch.Tensor
+
+    def count(self, skipped):
+        """One more step; `skipped` is a boolean tensor."""
+        self.streak = torch.where(skipped, self.streak + 1, 0)
+        self.longest = torch.maximum(self.longest, self.streak)
+        self.all = self.all + skipped
+
+
+@dataclass
+class Interval:
+    """What comes together between two lines of the log."""
+
+    sums: dict = field(default_factory=dict)
+    """{name: sum over the steps that were not skipped}, tensors on the device."""
+    numbers: dict = field(default_factory=dict)
+    """{name: value of the last step}, Python's numbers."""
+    good: int | torch.Tensor = 0
+    """Steps that were not skipped."""
+    steps: int = 0
+    waited: float = 0.0
+    """Seconds in which there were no data."""
+    began: float = field(default_factory=time.perf_counter)
+
+    def add(self, values, skipped):
+        """The values of one more step; `skipped` is a boolean tensor."""
+        self.good, self.steps = self.good + ~skipped, self.steps + 1
+        for name, value in values.items():
+            if isinstance(value, torch.Tensor):
+                self.sums[name] = self.sums.get(name, 0) + torch.where(skipped, 0, value.detach())
+            else:
+                self.numbers[name] = value
+
+
+class Interruption(Exception):  # noqa: N818 (no error)
+    """No further step: a stop was asked for or, in __cause__, this process has no data."""
+
+
+class Run:
+    """One run of a script. In the script's order:
+
+        with Run(args) as run:                       # device and processes
+            with run.main_process_first():           # work that downloads and checks
+                run.open_folder(args)                # is it the same run? where does it go on?
+                ...
+            model, optimizer = run.prepare(model, optimizer)
+            run.load_checkpoint(length, ...)         # model, optimizers and run.memory, if there is a checkpoint
+            stream = run.stream(source, view)        # from where the checkpoint stands in the data
+            for step in run.steps(stream):           # logs, evaluates and writes checkpoints between the steps
+                for images, ... in run.batches():    # the micro-batches of one step, on the device
+                    with run.accumulate(model):
+                        ...
+                        run.backward(loss)
+                run.update(optimizer)
+
+    A signal, or data that cannot be had, end the run after a checkpoint of the last step that was taken: out of the
+    loop, with SystemExit(0), UserError or RunError.
+
+    Fields: device, rank, world (number of processes), is_main; folder; accumulation (micro-batches of a step); memory,
+    a dict of what the script keeps in checkpoints, fit for JSON.
+    """
+
+    def __init__(self, args, project="cae"):
+        """args: a script's, with the groups `run` and `data`; project: the tracker's name for such runs."""
+        self.began, self.args, self.project = time.perf_counter(), args, project
+        self.accelerator, self.precision = make_accelerator(args.run, args.data, getattr(args.run, "tracker", "none"))
+        self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.folder, self.progress, self.memory = Path(args.run.run_dir), Progress(), {}
+        self.log, self.peers, self.losses, self.recorded = None, None, {}, None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, traceback):
+        try:
+            if isinstance(error, Interruption):
+                self._leave(error.__cause__)
+        finally:
+            self._close()
+
+    def _close(self):
+        if self.log:
+            self.log.close()
+            self.peers.close()
+
+    # ---------------------------------------------------------------------------------------------- before the loop
+
+    @contextmanager
+    def main_process_first(self):
+        """Work that downloads and checks, on the main process first. A UserError on one rank becomes one on all of
+        them, so that all end."""
+        mistake = None
+        with self.accelerator.main_process_first():
+            try:
+                yield
+            except UserError as error:
+                mistake = error
+        raise_together(mistake)
+
+    @property
+    def half(self):
+        """The type for what is frozen and runs outside of autocast, or None: fp16 is slow on CPUs."""
+        half = {"bf16": torch.bfloat16, "fp16": torch.float16 if self.device.type != "cpu" else None}
+        return half.get(self.precision)
+
+    def open_folder(self, args, **more):
+        """Check the run folder against these arguments, all of them resolved (and `more` that tells this run from
+        others), by the rule of engine.checkpoints.plan_resume. Raises UserError."""
+        self.args, self.folder = args, Path(args.run.run_dir)
+        self.values = {**json.loads(json.dumps(flat(args))), **more}
+        self.resume = plan_resume(args.run, self.values, marks_of(args))
+        make_run_dir(self.folder / "checkpoints")
+        self.accumulation = args.data.effective_batch_size // (args.data.batch_size * self.world)
+
+    def header(self, what, length=None):
+        """The first line: what is run, and how."""
+        if self.is_main:
+            data, epochs = self.args.data, "evaluation only"
+            if length:
+                epochs = round(length.steps / length.steps_per_pass, 1) if length.steps_per_pass else "?"
+                epochs = f"{length.steps} steps, {epochs} epochs"
+            print(f"{what}; {self.world} process{'es' * (self.world > 1)} x {data.batch_size} images x "
+                  f"{self.accumulation} = {data.effective_batch_size} images a step; {epochs}; "
+                  f"{'fp32' if self.precision == 'no' else self.precision} on {self.device}; {self.folder}",
+                  flush=True)  # fmt: skip
+
+    def prepare(self, model, *optimizers):
+        """The model, wrapped for its device and processes, and the optimizers: what a checkpoint holds. Raises
+        UserError."""
+        require(
+            self.accelerator.scaler is None or len(optimizers) == 1,
+            "--precision fp16 scales the gradients of one optimizer, here are several: use bf16 or fp32",
+        )
+        with warnings.catch_warnings():  # newer versions of torch rename broadcast_buffers, accelerate does not yet
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers.*", category=FutureWarning)
+            self.model, *optimizers = self.accelerator.prepare(model, *optimizers)
+        return self.model, *optimizers
+
+    def load_checkpoint(self, length, model_config):
+        """Go on from the best checkpoint, if there is one; write config.json; say so. Raises UserError."""
+        self.length = length
+        self.progress = load_checkpoint(self.accelerator, self.resume, self.folder, self.args.data.parts)
+        self.memory = self.progress.more
+        if self.is_main:
+            changes = self.resume.changes(self.progress.step) if self.progress.path else ()
+            write_config(self.folder, self.values, model_config, changes)
+            report_resume(self.progress, self.resume, length.steps, self.folder)
+
+    def stream(self, source, view):
+        """This process's endless stream of batches, from where the checkpoint stands in the data. Raises UserError."""
+        progress, args = self.progress, self.args
+        return Stream(source, view, args.data, args.run.seed, self.rank, self.world, progress.data_states,
+                      progress.first_pass)  # fmt: skip
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def steps(self, stream, *, evaluate=None, evaluate_every=1.0, write_model=None, before_checkpoint=None):
+        """The steps that are left, as numbers from 0: an iterator for the script's `for`. In between it logs, evaluates
+        and writes checkpoints.
+
+        evaluate(line) -> dict is called every `evaluate_every` passes and at the end, on all ranks, with the line of
+        the log that what it returns is added to. write_model(folder, step, weights), on the main process, writes
+        model/ beside each checkpoint; weights is the model's whole state_dict. before_checkpoint() is called on all
+        ranks.
+        Raises RunError and UserError.
+        """
+        run, start, total = self.args.run, self.progress.step, self.length.steps
+        self.batch_stream, self.evaluate, self.before_checkpoint = stream, evaluate, before_checkpoint
+        self.write_model = write_model
+        start_tracker(self.accelerator, self.project, self.args)
+        unevaluated = self.progress.unevaluated
+        self.log = Log(self.accelerator, self.folder, start - bool(unevaluated), total)
+        self.peers = Peers(self.world, run.timeout + self.args.data.patience)
+        zero = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped_steps = SkippedSteps(zero, zero, zero + self.progress.skipped_steps)
+        self.interval, self.reported_streak = Interval(), 0
+        self.checkpoint_step, self.checkpoint_due = start, False
+        if unevaluated:
+            self.log.write({**unevaluated, **evaluate(unevaluated)})
+        for self.step in range(start, total):
+            self.states_before = stream.state_dict()  # to go back to, should this step not be taken
+            yield self.step
+            assert self.recorded == self.step, "the loop took no step: call run.update() in it"
+            self._after_step(self.step + 1, completes_passes(self.step + 1, total, self.length.steps_per_pass,
+                                                             evaluate_every))  # fmt: skip
+        self._close()
+        if start >= total:
+            self._complete(start)
+
+    def batches(self):
+        """The micro-batches of one step, on the device, each when all processes have theirs: a tuple of what the view
+        and the labels give. Raises Interruption."""
+        stream, parts = self.batch_stream, self.args.data.parts // self.world  # parts that this process carries
+        for micro in range(self.accumulation):
+            asked, batch, trouble = time.perf_counter(), None, None
+            try:
+                self.peers.interruptible = True
+                batch = next(stream)
+            except Stop:
+                pass
+            except Exception as error:  # a server that stays away, bad files, a loading process that died
+                trouble = error
+            finally:
+                self.peers.interruptible = False
+            if self.peers.any(batch is None or (self.peers.signal and micro == 0)):
+                raise Interruption from trouble
+            self.interval.waited += time.perf_counter() - asked
+            # stochastic depth and the like: a function of the seed, the step and the part of the data
+            torch.manual_seed(seed_of(self.args.run.seed, self.step, micro // parts, stream.part))
+            self.last_micro_batch = micro == self.accumulation - 1
+            yield tuple(to_device(batch[name], self.device) for name in stream.names)
+
+    @contextmanager
+    def accumulate(self, model):
+        """Around forward and backward of a micro-batch: processes join their gradients after the last one only."""
+        apart = nullcontext() if self.last_micro_batch else self.accelerator.no_sync(model)
+        with apart, attention_for(self.device, self.precision):
+            yield
+
+    def backward(self, loss):
+        """(loss / accumulation).backward(). Where the loss is not finite every gradient of every process becomes nan,
+        so that the step is skipped."""
+        self.accelerator.backward(loss * finite(loss) / self.accumulation)
+
+    def average(self, losses):
+        """Log these {name: tensor}, as the mean over micro-batches, steps and processes."""
+        for name, value in losses.items():
+            self.losses[name] = self.losses.get(name, 0.0) + value.detach() / self.accumulation
+
+    def update(self, *optimizers, clip_grad=0.0, **numbers):
+        """Clip the gradient's norm (0: not), optimizer.step(), optimizer.zero_grad(); a gradient that is not finite
+        changes nothing, and the step counts as skipped. `numbers` are logged as they are."""
+        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip_grad or math.inf)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP
+        skipped = ~torch.isfinite(norm)
+        for optimizer in optimizers:
+            step_unless(skipped, optimizer, self.accelerator.scaler)
+            optimizer.zero_grad(set_to_none=True)
+        losses, self.losses = self.losses, {}
+        self.record({**losses, "grad_norm": norm, **numbers}, skipped)
+
+    def record(self, values, skipped):
+        """One step was taken, or `skipped` (a boolean tensor). Of its values tensors are averaged over steps and
+        processes and logged, numbers logged as they are. update() does this by itself."""
+        self.skipped_steps.count(skipped)
+        self.interval.add(values, skipped)
+        self.recorded = self.step
+
+    # ---------------------------------------------------------------------------------------------- between the steps
+
+    def _after_step(self, done, evaluates):
+        """Log, evaluate and write a checkpoint where it is time."""
+        run, total = self.args.run, self.length.steps
+        self.log.bar.update()
+        evaluates = evaluates and self.evaluate is not None
+        writes = done == total or done % run.checkpoint_every == 0
+        writes = writes or (run.milestone_every and done % run.milestone_every == 0)
+        logs = done % run.log_every == 0
+        if not (logs or evaluates or writes):
+            return
+        states = self.batch_stream.state_dict()
+        streak = self._report(done, states, evaluates, shown=logs or done == total)
+        if writes or self.checkpoint_due:
+            self.checkpoint_due = bool(streak) or not self._save(done, states)  # ruined weights are not written
+            for pause in growing_pauses(self.args.data.patience):
+                if not self.checkpoint_due or done < total or self.peers.any(self.peers.signal):
+                    break
+                time.sleep(pause)
+                self.checkpoint_due = not self._save(done, states)
+            if self.checkpoint_due and done == total:
+                raise RunError(f"the last checkpoint could not be written: make room in {self.folder}, and start again")
+
+    def _report(self, step, states, evaluates, shown):
+        """One line of the log; the number of skipped steps that it ends with. Here and in _save the host waits for the
+        device."""
+        run, interval, stream, skipped = self.args.run, self.interval, self.batch_stream, self.skipped_steps
+        counts = [stream.skipped, len(stream.skipped_names)]
+        means = torch.cat([(value / interval.good).flatten() for value in interval.sums.values()])
+        means = torch.cat([means / self.world, torch.tensor(counts, dtype=means.dtype, device=self.device)])
+        *means, unusable, unreported = self.accelerator.reduce(means, "sum").tolist()
+        means = {name: [means.pop(0) for _ in range(value.numel())] for name, value in interval.sums.items()}
+        means = {name: value if interval.sums[name].ndim else value[0] for name, value in means.items()}
+        seen = torch.tensor([state["seen"] for state in states.values()], device=self.device)
+        counts = torch.stack([skipped.streak, skipped.longest, skipped.all])
+        gathered = self.accelerator.gather(torch.cat([counts, seen])[None])  # (world, 3 + parts of each)
+        streak, longest, all_skipped = gathered[:, :3].amax(dim=0).tolist()
+        skipped.longest = torch.full_like(skipped.longest, streak)
+        scaled = self.accelerator.scaler is not None  # fp16's scaler skips steps in health
+        if longest >= run.max_bad_steps or (step == self.length.steps and streak and not scaled):
+            last = next(reversed(checkpoints(self.folder)), None)
+            raise RunError(
+                f"loss or gradient was not finite in {longest} steps in a row, up to step {step}; the last good "
+                f"checkpoint is {last or 'none: none was written yet'}"
+            )
+        names = self.gather(stream.skipped_names) if unreported else []
+        stream.reported()
+        seconds, steps_per_pass = time.perf_counter() - interval.began, self.length.steps_per_pass
+        line = {
+            "step": step,
+            "epoch": round(step / steps_per_pass, 4) if steps_per_pass else None,
+            **means,
+            **interval.numbers,
+            "images": step * self.args.data.effective_batch_size,
+            "images_per_second": round(interval.steps * self.args.data.effective_batch_size / seconds, 1),
+            "data_wait": round(interval.waited / seconds, 4),
+            "skipped": round(unusable),
+            "bad_steps": all_skipped,
+            # a fingerprint of all images so far, in their order: equal for runs that have seen the same
+            "seen": f"{seed_of(*gathered[:, 3:].T.flatten().tolist()):016x}",
+            **({"skipped_files": names} if names else {}),
+        }
+        if evaluates:
+            try:
+                line |= self.evaluate(line)
+            except (UserError, RunError):  # images to evaluate on that cannot be had: a resumed run tries them again
+                self._save(step, states, unjudged=line)
+                raise
+        self.log.write(line, shown)
+        self.interval = Interval()
+        self.reported_streak = 0 if scaled else streak
+        return self.reported_streak
+
+    def _save(self, step, states, **more):
+        """Write a checkpoint; False if that was not possible, which is reported."""
+        self.log.sync()
+        write = self._model_writer(step)
+        trainer = {"bad_steps": self.skipped_steps.all.item(), **self.memory, **more}
+        problem = save_checkpoint(self.accelerator, self.args.run, step, states, trainer, write)
+        self.interval.began = time.perf_counter()
+        if problem is None:
+            self.checkpoint_step = step
+        elif self.is_main:
+            last = next(reversed(checkpoints(self.folder)), "none")
+            tqdm.write(f"warning: the checkpoint of step {step} could not be written: {problem}; the run goes on and "
+                       f"tries again; the last checkpoint is {last}", file=sys.stderr)  # fmt: skip
+        return problem is None
+
+    def _model_writer(self, step):
+        """What writes model/ into a folder, or None. Called on all ranks."""
+        if self.before_checkpoint:
+            self.before_checkpoint()
+        if self.write_model is None:
+            return None
+        weights = whole_weights(self.model)
+        return lambda folder: self.write_model(folder, step, weights)
+
+    def _complete(self, step):
+        """A finished run: resumed by its path into a new folder, or cut off before model/ was written."""
+        write = self._model_writer(step)
+        if self.is_main and write and checkpoints(self.folder):
+            problem = write_model_folder(self.folder / "model", write)
+            if problem:
+                raise RunError(f"{self.folder / 'model'} could not be written: {problem}")
+        if not checkpoints(self.folder) and not self._save(step, self.batch_stream.state_dict()):
+            raise RunError(f"the checkpoint could not be written: make room in {self.folder}, and start again")
+
+    def _leave(self, trouble):
+        """Out of the loop before `self.step`, with a checkpoint."""
+        step, states, run = self.step, self.states_before, self.args.run
+        streak = self._report(step, states, False, True) if self.interval.steps else self.reported_streak
+        if self.checkpoint_step != step and not streak:
+            self._save(step, states)
+        self._close()
+        mine = [self.peers.signal, trouble and (isinstance(trouble, UserError), first_line(trouble))]
+        signals, troubles = zip(*self.gather([mine]), strict=True)
+        first = next((t for t in troubles if t), None)
+        last = next(reversed(checkpoints(self.folder)), None)
+        command = "the same command" if run.resume == "auto" else "the same command with --resume auto"
+        going_on = f"{command} continues from {last}" if last else "there is no checkpoint yet"
+        if first is None:
+            if self.is_main:
+                print(f"stopped by {next(filter(None, signals))} after step {step}: {going_on}", flush=True)
+            self.accelerator.end_training()
+            raise SystemExit(0)
+        if trouble and not isinstance(trouble, (UserError, RunError)):
+            raise trouble
+        raise (UserError if first[0] else RunError)(f"{first[1]}; {going_on}") from trouble
+
+    # ----------------------------------------------------------------------------------------------- after the loop
+
+    def gather(self, values):
+        """The lists of all ranks, one after the other."""
+        from accelerate.utils import gather_object
+
+        return gather_object(values)
+
+    def end(self):
+        """After the last step, on all ranks."""
+        self.accelerator.end_training()
+
+    def write_result(self, script, result):
+        """result.json, with how it came about; returned. On the main process."""
+        result |= {
+            "processes": self.world,
+            "seconds": round(time.perf_counter() - self.began, 1),
+            "command": shlex.join([script, *sys.argv[1:]]),
+        }
+        write_text(self.folder / "result.json", json.dumps(result, indent=2))
+        return result
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What a step needs.
+
+
+def finite(loss):
+    """A factor for the loss: 1, or nan where it is not finite, so that then every gradient of every process is nan."""
+    return 1 + 0 * loss.detach()
+
+
+def step_unless(skipped, optimizer, scaler=None):
+    """optimizer.step(), but for what `skipped`, a boolean tensor on the device, says.
+
+    fp16's scaler looks for itself. torch's fused Adam and AdamW take its answer from the device, and then the host need
+    not know it. For any other optimizer the host waits for the device and asks. (Fused SGD claims to do as fused Adam,
+    but when its first step is skipped it goes on with momentum that nobody has written.)
+    """
+    inner = getattr(optimizer, "optimizer", optimizer)
+    is_adam = isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))
+    if scaler is not None:
+        optimizer.step()
+    elif is_adam and getattr(inner, "_step_supports_amp_scaling", False):
+        inner.found_inf = skipped.float()
+        optimizer.step()
+    elif not skipped.item():
+        optimizer.step()
+
+
+def attention_for(device, precision):
+    """A context for what is trained: fused attention, but for bf16 on a CPU, where its backward pass takes longer than
+    plain products do."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" and precision == "bf16" else nullcontext()
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# Devices and processes.
+
+
+def make_accelerator(run, data, tracker="none"):
+    """DeviceArgs, ImagesArgs -> Accelerator and the name of its autocast ("no", "bf16", "fp16")."""
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import parse_flag_from_env
+
+    on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+    has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+    precision = {"auto": "bf16" if has_bf16 else "no", "fp32": "no"}.get(run.precision, run.precision)
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if tracker == "none" else tracker,
+        project_dir=run.run_dir,
+        # the buffers are fixed positions, or statistics that are joined where they are used: nothing to broadcast
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(minutes=run.timeout + data.patience)),
+        ],
+    )
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(cores_per_process())  # accelerate launch leaves one
+    return accelerator, precision
+
+
+def raise_together(error):
+    """A UserError or RunError of one rank (None on the others) becomes one on all of them, so that all end."""
+    from accelerate.utils import gather_object
+
+    found = [e for e in gather_object([error and (isinstance(error, UserError), str(error))]) if e]
+    if found:
+        raise (UserError if found[0][0] else RunError)(found[0][1]) from error
+
+
+def start_tracker(accelerator, project, args):
+    """The tracker of --tracker, on the main process. Raises UserError, on all ranks."""
+    mistake, name = None, args.run.tracker
+    try:
+        if name != "none":
+            accelerator.init_trackers(project, config={k: str(v) for k, v in flat(args).items()})
+    except Exception as error:  # each tracker has its own
+        mistake = UserError(f"--tracker {name} cannot be started: {first_line(error)}; log in, or use another")
+    raise_together(mistake)
+
+
+class Stop(BaseException):
+    """A signal while waiting for data; no Exception, which would be taken for a bad file."""
+
+
+class Peers:
+    """What the processes of a run say to each other between steps, from host to host: no device is waited for.
+
+    From here on SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop (unless they are ignored, as in the background of
+    a script); a second Ctrl-C ends the process at once. `signal` is the name of the one that came.
+    """
+
+    def __init__(self, processes, minutes):
+        self.signal, self.group = None, None
+        self.interruptible = False  # while waiting for data, which a server may not give for a long time
+        if processes > 1:
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(minutes=minutes))
+        handled = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.handle) for number in handled}
+        # torch reports the death of a loading process wherever the program is; here, when its data are asked for
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def handle(self, number, frame):
+        self.signal = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if self.interruptible:
+            raise Stop
+
+    def any(self, value):
+        """Whether the value is true on any process."""
+        if self.group is None:
+            return bool(value)
+        value = torch.tensor(int(bool(value)))
+        torch.distributed.all_reduce(value, torch.distributed.ReduceOp.MAX, self.group)
+        return bool(value.item())
+
+    def close(self):
+        """Give signals back to whoever had them."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,266 @@
+"""Data sets: opening one, with every mistake named.
+
+The libraries that read them are imported where they are used: a wrong flag is answered without them.
+"""
+
+from engine.arguments import local_path
+from engine.errors import ServerGoneError, UserError, first_line, require
+from engine.network import patiently
+
+import dataclasses
+import itertools
+import re
+import tarfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from huggingface_hub.errors import GatedRepoError, HTTPError
+
+
+@dataclass
+class Source:
+    """An opened data set. `data` yields {image_column: {"bytes", "path"}, ...}; decoding is ours, so that one bad file
+    does not end an iterator."""
+
+    data: object
+    """datasets.Dataset or datasets.IterableDataset."""
+    image_column: str
+    label_column: str | None
+    num_images: int | None
+    name: str
+    classes: list | None = None
+    """Class names, in the order of their numbers; None where labels are not read."""
+    patience: float = 30.0
+    """Minutes to wait for a server that is away."""
+    files: list = field(default_factory=list)
+    """The Parquet files of a stream that is dealt by file."""
+
+    @property
+    def streaming(self):
+        return not hasattr(self.data, "__len__")
+
+    def label(self, row):
+        """The number of a row's class. Raises ValueError."""
+        value = row[self.label_column]
+        number = self.classes.index(value) if isinstance(value, str) and value in self.classes else value
+        if not isinstance(number, int) or not 0 <= number < len(self.classes):
+            raise ValueError(f"label {value!r} is none of the {len(self.classes)} classes")
+        return int(number)
+
+
+def open_builder(dataset, patience=30.0):
+    """The datasets builder of a Hub id, folder or file. Raises UserError."""
+    import datasets
+
+    path = local_path(dataset)
+    try:
+        if path is None:
+            # no connection at all, the first time, is a mistake: datasets' ConnectionError is not waited for
+            return patiently(partial(datasets.load_dataset_builder, dataset), dataset, patience)
+        if path.is_dir():
+            return datasets.load_dataset_builder(str(path))
+        kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
+        if kind is None:
+            raise UserError(f"data set {path} is neither a folder nor a .parquet or .tar file")
+        return datasets.load_dataset_builder(kind, data_files={"train": str(path)})
+    except (GatedRepoError, datasets.exceptions.DatasetNotFoundError) as error:
+        if isinstance(error, GatedRepoError) or "gated" in str(error):
+            raise UserError(
+                f"data set {dataset} is gated: accept its terms at https://huggingface.co/datasets/{dataset} "
+                "and log in with `hf auth login` (or set HF_TOKEN)"
+            ) from error
+        raise UserError(
+            f"data set {dataset} was not found on the Hub (nor as a local folder): check the id; "
+            "a private one needs `hf auth login`"
+        ) from error
+    except (datasets.exceptions.DatasetsError, FileNotFoundError) as error:
+        if path is None:
+            raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
+        raise UserError(f"data set folder {path} holds no images, Parquet or .tar files") from error
+    except (ServerGoneError, HTTPError, OSError) as error:
+        raise UserError(f"data set {dataset} cannot be reached: {first_line(error)}") from error
+    except RuntimeError as error:  # a script of its own, which datasets no longer executes
+        raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
+
+
+ENCODED = ("binary", "large_binary", "binary_view")  # encoded images without the metadata that says so
+
+
+def choose_columns(args, features):
+    """(image column, label column or None) of the data set's features. Raises UserError, listing what there is."""
+    import datasets
+
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    image_column = args.image_column or ("image" if "image" in features else images[0] if images else None)
+    label_column = args.label_column or next((name for name in ("label", "cls") if name in features), None)
+    there_are = f"the columns of {args.dataset} are {', '.join(features)}"
+    if image_column is None:
+        raise UserError(f"no column holds images; pass --image-column if one holds encoded bytes: {there_are}")
+    for flag, column in (("--image-column", image_column), ("--label-column", label_column)):
+        if column is not None and column not in features:
+            raise UserError(f"{flag} {column} does not exist: {there_are}")
+    feature = features[image_column]
+    is_struct = isinstance(feature, dict) and set(feature) <= {"bytes", "path"}
+    if not isinstance(feature, datasets.Image) and not is_struct and getattr(feature, "dtype", "") not in ENCODED:
+        raise UserError(f"--image-column {image_column} holds no images but {feature}: {there_are}")
+    return image_column, label_column
+
+
+def read_classes(args, data, column, features, num_classes=None):
+    """Class names of an opened split: of its features or, where these name none, of the labels themselves (numbers name
+    themselves). Raises UserError."""
+    import datasets
+
+    if column is None:
+        raise UserError(
+            f"data set {args.dataset} has no labels: pass --label-column, or a folder of class subfolders; "
+            f"its columns are {', '.join(data.features)}"
+        )
+    feature = features[column]
+    kind = getattr(feature, "dtype", "")
+    if isinstance(feature, datasets.ClassLabel):
+        require(
+            num_classes in (None, feature.num_classes),
+            f"--num-classes is {num_classes}, data set {args.dataset} has {feature.num_classes} classes",
+        )
+        return list(feature.names)
+    if not kind.startswith(("int", "uint", "string", "large_string")):
+        raise UserError(f"--label-column {column} holds no class labels but {feature}")
+    if num_classes is not None and "string" not in kind:
+        return [str(number) for number in range(num_classes)]
+    if isinstance(data, datasets.Dataset):
+        labels = data.unique(column)
+    elif "__url__" in data.features:  # a tar has to be read whole for its labels
+        raise UserError(f"the tar shards of {args.dataset} do not name their classes: pass --num-classes"
+                        + (", and numbers as labels" if "string" in kind else ""))  # fmt: skip
+    else:  # Parquet: the one column
+        labels = [row[column] for row in data.select_columns(column)]
+    labels = {label for label in labels if label is not None}
+    return sorted(labels) if "string" in kind else [str(number) for number in range(max(labels, default=-1) + 1)]
+
+
+def open_labelled(data, labels, world=1, learn=True):
+    """ImagesArgs, LabelArgs -> the Source to learn from (None if not to `learn`) and the one to evaluate on; they agree
+    on their classes. Raises UserError."""
+    import datasets
+
+    if labels.val_split is None:
+        splits = list(open_splits(data.dataset, data.patience))
+        others = [name for name in ("validation", "val", "valid", "test") if name in splits and name != data.split]
+        if not others:
+            raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; "
+                            "pass --val-split")  # fmt: skip
+        labels.val_split = others[0]
+    val = open_source(dataclasses.replace(data, split=labels.val_split, num_images=None), 1, True, labels.num_classes)
+    if not learn:
+        return None, val
+    train = open_source(data, world, True, labels.num_classes)
+    named = isinstance(val.data.features[val.label_column], datasets.ClassLabel)
+    if set(val.classes) - set(train.classes) or (named and train.classes != val.classes):
+        raise UserError(
+            f"the splits of data set {data.dataset} disagree on their classes: {data.split} has {len(train.classes)} "
+            f"({', '.join(train.classes[:3])}, ...), {labels.val_split} has {len(val.classes)} "
+            f"({', '.join(val.classes[:3])}, ...)"
+        )
+    if not (train.streaming or val.streaming):  # what is really there
+        surplus = set(val.data.unique(val.label_column)) - set(train.data.unique(train.label_column)) - {None}
+        names = [val.classes[n] if isinstance(n, int) and 0 <= n < len(val.classes) else str(n) for n in surplus]
+        require(
+            not names,
+            f"split {labels.val_split} of data set {data.dataset} has {len(names)} classes of which split {data.split} "
+            f"has no image: {', '.join(sorted(names)[:5])}",
+        )
+    return train, dataclasses.replace(val, classes=train.classes)
+
+
+def open_splits(dataset, patience=30.0):
+    """{split: stream} of a data set. Raises UserError."""
+    builder = open_builder(dataset, patience)
+    try:
+        return patiently(builder.as_streaming_dataset, dataset, patience)
+    except Exception as error:  # every reader has its own way to refuse a file
+        raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
+
+
+def open_source(args, slots=1, labelled=False, num_classes=None):
+    """ImagesArgs -> Source. `slots` is how many processes share a stream; `labelled` asks for classes. Raises
+    UserError."""
+    import datasets
+    import pyarrow.parquet as pq
+
+    builder, local = open_builder(args.dataset, args.patience), local_path(args.dataset) is not None
+    streams = args.streaming and (not local or builder.name in ("parquet", "webdataset"))  # local images: in place
+
+    def opened():
+        splits = builder.as_streaming_dataset()  # for a look at schema and first row before any download
+        if args.split not in splits:
+            raise UserError(f"data set {args.dataset} has no split {args.split!r}: it has {', '.join(splits)}")
+        data = splits[args.split]
+        image_column, label_column = choose_columns(args, data.features or {})
+        if isinstance(data.features[image_column], datasets.Image):
+            data = data.decode(False)
+        data = data.cast_column(image_column, datasets.Image(decode=False))
+        first = next(iter(data), None)
+        if first is None:
+            raise UserError(f"split {args.split} of data set {args.dataset} holds no images")
+        if first[image_column] is not None:
+            first[image_column]["bytes"]
+        files = list(builder.config.data_files[args.split]) if streams and builder.name == "parquet" else []
+        if not streams:
+            builder.download_and_prepare()
+            data = builder.as_dataset(split=args.split).cast_column(image_column, datasets.Image(decode=False))
+        # Parquet is dealt by row group: always on disk; on the Hub, where a footer costs a request, if files are few.
+        elif local or data.num_shards < slots * max(args.workers or 1, 1):
+            data, files = data.reshard(), []
+        return data, image_column, label_column, files
+
+    try:
+        data, image_column, label_column, files = patiently(opened, args.dataset, args.patience)
+    except UserError:
+        raise
+    except Exception as error:  # every reader has its own way to refuse a file
+        raise UserError(f"data set {args.dataset} cannot be read: {first_line(error)}") from error
+    count = (args.num_images or count_images(builder, args.split)) if streams else len(data)
+    parts, kind = (data.num_shards, "shards") if streams else (len(data), "images")
+    if parts < slots:
+        raise UserError(
+            f"data set {args.dataset} has {parts} {kind}, fewer than the {slots} processes that share them: "
+            "use fewer processes" + (", more or smaller shards, or --no-streaming" if streams else "")
+        )
+    features = data.features
+    if labelled and builder.name == "parquet" and local:  # datasets takes the first split's features for all
+        features = datasets.Features.from_arrow_schema(pq.read_schema(builder.config.data_files[args.split][0]))
+    read = partial(read_classes, args, data, label_column, features, num_classes)
+    try:
+        classes = patiently(read, args.dataset, args.patience) if labelled else None
+    except ServerGoneError as error:
+        raise UserError(str(error)) from error
+    return Source(data, image_column, label_column, count, args.dataset, classes, args.patience, files)
+
+
+def count_images(builder, split):
+    """Images of a streamed split: from its metadata, from Parquet footers or tar headers on disk; None if unknown."""
+    import pyarrow.parquet as pq
+
+    info = (builder.info.splits or {}).get(split)
+    if info is not None and info.num_examples:
+        return info.num_examples
+    files = [str(f) for f in (builder.config.data_files or {}).get(split, ["unknown"])]
+    if not all(Path(f).is_file() for f in files):
+        return None
+    if builder.name == "parquet":
+        return sum(pq.read_metadata(f).num_rows for f in files)
+    count = 0
+    for name in files:
+        with tarfile.open(name) as tar:  # one sample is a run of members that share their path up to the first dot
+            keys = [re.match(r"((?:.*/|)[^.]+)[.]", m.name) for m in tar if m.isfile()]
+        count += sum(1 for _ in itertools.groupby(k.group(1) for k in keys if k))
+    return count
+
+
+def names_classes(source):
+    """Whether the data set itself names its classes."""
+    import datasets
+
+    return isinstance(source.data.features[source.label_column], datasets.ClassLabel)

@@ -1,0 +1,408 @@
+"""Data streams: endless shuffled batches with an exact place. `next(stream)` and `state_dict()` are the interface.
+
+A rank's stream is its part of pass 0, then of pass 1, and so on; it never ends and drops nothing. Workers send chunks:
+up to a batch of prepared images, fewer where a file could not be decoded or a pass ends. The training process joins
+chunks to batches. Every chunk says at which position its worker stands "after" it.
+"""
+
+from engine.arguments import ImagesArgs
+from engine.errors import STOP_SIGNALS, BadFilesError, RunError, ServerGoneError, UserError, first_line, require
+from engine.images import decode
+from engine.network import NetworkError, Outage, patiently
+from engine.seeds import permutation, seed_of
+
+import copy
+import itertools
+import math
+import signal
+import sys
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader
+
+
+def read_file(path):
+    """The bytes of a file, here or on the Hub."""
+    import fsspec
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def load_chunk(source, view, seed, wanted):
+    """Read and decode images, and make a view of each. wanted: (pass, image id, row) triples -> chunk.
+
+    A chunk has one list for each of view.names, "ids" [(pass, image id)], "labels" where the source has classes, and
+    "skipped": what could not be decoded or has no label.
+    """
+    labelled = ("labels",) if source.classes else ()
+    chunk = {name: [] for name in (*view.names, "ids", *labelled, "skipped")}
+    for epoch, image_id, row in wanted:
+        path = None
+        try:
+            image = row[source.image_column] or {}
+            data, path = image.get("bytes"), image.get("path")
+            require(data is not None or path, "the row holds no image")
+            if data is None:  # a file of its own, here or on the Hub
+                data = patiently(partial(read_file, path), source.name, source.patience)
+            tensor = decode(data)
+            label = torch.tensor(source.label(row)) if labelled else None
+        except ServerGoneError:
+            raise
+        except Exception as error:  # decoders raise whatever they like
+            chunk["skipped"].append(f"{path or 'image'} (id {image_id}): {first_line(error)}")
+            continue
+        for name, value in zip(view.names, view(tensor, seed_of(seed, epoch, image_id)), strict=True):
+            chunk[name].append(value)
+        if labelled:
+            chunk["labels"].append(label)
+        chunk["ids"].append(torch.tensor([epoch, image_id]))
+    return {name: torch.stack(values) if values and name != "skipped" else values for name, values in chunk.items()}
+
+
+class RowChunks(torch.utils.data.Dataset):
+    """Data on disk: chunk j of a rank's rows, which are every world-th of a pass from the r-th on, so that the parts
+    differ by at most one image. With a seed they go on for ever, each pass a permutation keyed by (seed, pass);
+    without, they are one pass in the order of the data."""
+
+    def __init__(self, source, view, size, seed, rank, world, first_pass=0):
+        self.source, self.view, self.size, self.seed = source, view, size, seed
+        self.rank, self.world, self.first_pass = rank, world, first_pass
+        self.length = len(range(rank, len(source.data), world))
+        self.orders = {}
+
+    def order(self, epoch):
+        """The rows of a pass, in order."""
+        if self.seed is None:
+            return range(self.rank, len(self.source.data), self.world)
+        if epoch not in self.orders:  # two are kept: a chunk may lie in two passes
+            former = {e: order for e, order in self.orders.items() if e == epoch - 1}
+            order = permutation(self.source.num_images, self.seed, epoch)[self.rank :: self.world]
+            self.orders = {**former, epoch: order}
+        return self.orders[epoch]
+
+    def __getitem__(self, j):
+        end = (j + 1) * self.size if self.seed is not None else min((j + 1) * self.size, self.length)
+        positions = [divmod(i, self.length) for i in range(j * self.size, end)]
+        rows = [(self.first_pass + epoch, self.order(self.first_pass + epoch)[i]) for epoch, i in positions]
+        wanted = ((epoch, row, self.source.data[row]) for epoch, row in rows)
+        return {**load_chunk(self.source, self.view, self.seed or 0, wanted), "after": j + 1}
+
+
+class ShardChunks(torch.utils.data.IterableDataset):
+    """Streams: the chunks of one worker, pass after pass; an empty chunk marked "end" closes each pass.
+
+    Shards are dealt anew for every pass: of a permutation keyed by (seed, pass), rank r takes every world-th shard
+    from the r-th on, and worker w of them every workers-th. A worker reads `interleave` shards in turn and shuffles
+    within windows, by a permutation keyed by (seed, pass, first image of the window): the whole state is a position.
+    """
+
+    def __init__(self, source, view, size, seed, rank, world, worker, workers, window, interleave):
+        self.source, self.view, self.size, self.seed = source, view, size, seed
+        self.rank, self.world, self.worker, self.workers = rank, world, worker, workers
+        self.window, self.interleave = window, interleave
+        self.start = self.beginning(0)
+
+    def beginning(self, epoch):
+        return {"epoch": epoch, "open": [], "next": 0, "turn": 0, "offset": 0}
+
+    def shards(self, epoch):
+        """Numbers of the shards that this worker reads in a pass, in order."""
+        order = permutation(self.source.data.num_shards, self.seed, epoch)
+        return order[self.rank :: self.world][self.worker :: self.workers]
+
+    def rows(self, shard, row):
+        """The rows of a shard from `row` on; where the network fails, the shard is opened anew at the row that comes
+        next. Raises ServerGoneError, and BadFilesError for a shard that cannot be read."""
+        outage = Outage(self.source.name, self.source.patience)
+        while True:
+            try:
+                for example in self.read(shard, row):
+                    outage.over()
+                    yield example
+                    row += 1
+                return
+            except NetworkError as error:
+                outage.wait(error)
+            except Exception as error:  # every reader has its own way to refuse a file
+                raise BadFilesError(
+                    f"shard {shard} of data set {self.source.name} cannot be read beyond its row {row}: "
+                    f"{first_line(error)}"
+                ) from error
+
+    def read(self, shard, row):
+        """A Parquet file is read from the row group of `row` on, anything else from its beginning."""
+        import fsspec
+        import pyarrow.parquet as pq
+
+        data = self.source.data.shard(num_shards=self.source.data.num_shards, index=shard)
+        if not row or not self.source.files:
+            return iter(data.skip(row) if row else data)
+        with fsspec.open(self.source.files[shard], "rb") as file:
+            footer = pq.read_metadata(file)
+        group = 0
+        while group < footer.num_row_groups and footer.row_group(group).num_rows <= row:
+            row -= footer.row_group(group).num_rows
+            group += 1
+        groups = data.reshard()
+        rest = [groups.shard(num_shards=groups.num_shards, index=i) for i in range(group, groups.num_shards)]
+        return itertools.islice(itertools.chain.from_iterable(rest), row, None)
+
+    def windows(self, epoch, start):
+        """The rest of a pass: (position of the window, [(image id, row)]), where an image's id is shard << 32 | row."""
+        shards, current, following = self.shards(epoch), start["turn"], start["next"]
+        opened = [[k, row, self.rows(shards[k], row)] for k, row in start["open"]]
+        while True:
+            position = {"epoch": epoch, "open": [[k, row] for k, row, _ in opened], "next": following, "turn": current}
+            window = []
+            while len(window) < self.window and (opened or following < len(shards)):
+                while len(opened) < self.interleave and following < len(shards):
+                    opened.append([following, 0, self.rows(shards[following], 0)])
+                    following += 1
+                current %= len(opened)
+                k, row, rows = opened[current]
+                example = next(rows, None)
+                if example is None:
+                    del opened[current]
+                else:
+                    window.append((shards[k] << 32 | row, example))
+                    opened[current][1] += 1
+                    current += 1
+            if not window:
+                return
+            yield position, window
+
+    def __iter__(self):
+        try:
+            yield from self.chunks()
+        except (ServerGoneError, BadFilesError) as error:  # raised by whoever takes it, without a worker's traceback
+            yield {"failed": error}
+
+    def chunks(self):
+        start = self.start
+        for epoch in itertools.count(start["epoch"]):
+            wanted, after, offset = [], start, start["offset"]
+            for position, window in self.windows(epoch, start):
+                order = permutation(len(window), self.seed, epoch, window[0][0])
+                for i in range(offset, len(window)):
+                    wanted.append((epoch, *window[order[i]]))
+                    after = {**position, "offset": i + 1}
+                    if len(wanted) == self.size:
+                        yield {**load_chunk(self.source, self.view, self.seed, wanted), "after": after}
+                        wanted = []
+                offset = 0
+            if wanted:
+                yield {**load_chunk(self.source, self.view, self.seed, wanted), "after": after}
+            start = self.beginning(epoch + 1)
+            yield {"end": True, "after": start}
+
+
+class ChunkReader:
+    """The chunks of one part of the data, from its loading processes: `next_chunk()`, None where a pass ends.
+
+    Data on disk: one DataLoader, whose chunks arrive in order whatever the number of its workers. Streams: a DataLoader
+    for each worker; they are asked in turn, without those whose part of the pass has ended, until it has ended for
+    all. (One DataLoader over several workers would let those with fewer shards run ahead into the next pass.)
+
+    `position` is where the next chunk begins, in plain numbers: "places" of the loaders, "turn" of the one that is
+    asked next, "ended" ones, images "read" and "skipped" so far.
+    """
+
+    def __init__(self, source, view, data, seed, part, parts, position=None, first_pass=0, readers=None):
+        self.source, self.in_process = source, not data.workers
+        self.images = max(1, (source.num_images or 1000) // parts)  # of this part, in a pass
+        options = dict(batch_size=None, prefetch_factor=2 if data.workers else None, worker_init_fn=ignore_signals)
+        if source.streaming:
+            readers = readers or most_readers(source, data.workers, parts)
+            shuffling = (data.shuffle_window, data.interleave) if seed is not None else (data.batch_size, 1)
+            chunks = [ShardChunks(source, view, data.batch_size, seed or 0, part, parts, reader, readers, *shuffling)
+                      for reader in range(readers)]  # fmt: skip
+            beginnings = [reader.beginning(first_pass) for reader in chunks]
+        else:
+            rows, beginnings = RowChunks(source, view, data.batch_size, seed, part, parts, first_pass), [0]
+        self.position = position or {"places": beginnings, "ended": [], "turn": 0, "read": 0, "skipped": 0}
+        if source.streaming:
+            for reader, start in zip(chunks, self.position["places"], strict=True):
+                reader.start = start
+            self.loaders = [iter(DataLoader(c, num_workers=min(data.workers, 1), **options)) for c in chunks]
+        else:
+            (start,) = self.position["places"]
+            order = range(math.ceil(rows.length / data.batch_size)) if seed is None else itertools.count(start)
+            self.loaders = [iter(DataLoader(rows, sampler=order, num_workers=data.workers, **options))]
+
+    def next_chunk(self):
+        """Raises BadFilesError for too many bad files, ServerGoneError, RunError for a killed loading process."""
+        position = self.position
+        while position["turn"] in position["ended"]:
+            position["turn"] = (position["turn"] + 1) % len(self.loaders)
+        reader = position["turn"]
+        try:
+            chunk = next(self.loaders[reader])
+        except StopIteration:  # data on disk, one pass
+            return None
+        except (RuntimeError, OSError, EOFError) as error:
+            if self.in_process or str(error).startswith("Caught "):  # raised by what a loading process does
+                raise
+            raise RunError(f"a loading process was killed; is there enough memory? {first_line(error)}") from error
+        if "failed" in chunk:
+            raise chunk["failed"]
+        position["places"][reader] = chunk.pop("after")
+        position["turn"] = (reader + 1) % len(self.loaders)
+        if "end" in chunk:
+            last = len(position["ended"]) + 1 == len(self.loaders)
+            position["ended"] = [] if last else position["ended"] + [reader]
+            return None if last else self.next_chunk()
+        position["read"] += len(chunk["ids"]) + len(chunk["skipped"])
+        position["skipped"] += len(chunk["skipped"])
+        # of small data whole passes count, since each meets the same bad files
+        read = position["read"]
+        read = math.ceil(read / self.images) * self.images if self.images < 1000 else max(read, 1000)
+        if position["skipped"] > 0.01 * read:
+            raise BadFilesError(
+                f"{position['skipped']} of the {position['read']} files that this process read of {self.source.name} "
+                f"could not be used, more than 1 %: repair or remove them; the last was {chunk['skipped'][-1]}"
+            )
+        return chunk
+
+
+def most_readers(source, workers, parts):
+    """Loading processes for one part of a stream: one without a shard would idle, so there are never more of them than
+    the poorest part has shards."""
+    return max(1, min(workers, source.data.num_shards // parts))
+
+
+def ignore_signals(worker):
+    """Loading processes leave signals to the process that they load for, until it ends them; and say nothing if that
+    one stops in the middle of taking a batch from them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    before = sys.excepthook
+    sys.excepthook = lambda kind, *rest: None if issubclass(kind, ConnectionError) else before(kind, *rest)
+
+
+def one_pass(source, view, batch_size, workers, rank=0, world=1):
+    """The chunks of one pass over this rank's part, for evaluation: every image once, nothing added to fill a batch.
+    Parts may differ in size or be empty, so nothing in such a pass may wait for another rank. Raises what
+    ChunkReader.next_chunk raises."""
+    reader = ChunkReader(source, view, ImagesArgs(batch_size=batch_size, workers=workers), None, rank, world)
+    while (chunk := reader.next_chunk()) is not None:
+        yield chunk
+
+
+class Part:
+    """One part of every pass as an endless stream of batches. `state_dict()` is a position from which another Part
+    continues with the very next image, in the division that the first one had."""
+
+    def __init__(self, source, view, data, seed, part, parts, state=None, first_pass=0):
+        self.size = data.batch_size
+        old = state["layout"] if state else {}
+        first_pass = old.get("first_pass", first_pass)
+        self.layout = {"streaming": source.streaming, "parts": parts, "batch_size": self.size, "first_pass": first_pass}
+        self.layout |= {"shards": source.data.num_shards} if source.streaming else {"images": source.num_images}
+        readers = None
+        if source.streaming:
+            readers = self.layout["workers"] = old.get("workers", most_readers(source, data.workers, parts))
+            if part == 0 and readers != data.workers and data.workers:
+                why = "as the run began" if old else f"shards: {source.data.num_shards}, processes: {parts}"
+                print(f"{why}; loading workers of each process: {readers} instead of {data.workers}", file=sys.stderr)
+        state = state or {"layout": self.layout, "taken": 0, "pass": first_pass, "seen": 0}
+        if state["layout"] != self.layout:
+            changes = [f"{k} {old.get(k)} -> {v}" for k, v in self.layout.items() if old.get(k) != v]
+            raise UserError(
+                f"the checkpoint divides the data otherwise ({', '.join(changes)}): keep the old values and --workers; "
+                "if the data are others now, another --seed with --resume-changed begins them anew"
+            )
+        self.epoch, self.seen = state["pass"], state["seen"]  # of the last image; a fingerprint of all so far, in order
+        position = {k: state[k] for k in ("places", "ended", "turn", "read", "skipped")} if "places" in state else None
+        self.reader = ChunkReader(source, view, data, seed, part, parts, position, first_pass, readers)
+        self.buffer, self.buffered, self.taken, self.skipped_names = [], 0, 0, []
+        while self.buffered < state["taken"]:
+            self._fill()
+        self.taken, self.buffered = state["taken"], self.buffered - state["taken"]
+        self.skipped_names = []  # named before the checkpoint
+
+    @property
+    def skipped(self):
+        """Files that could not be used, so far."""
+        return self.reader.position["skipped"]
+
+    def state_dict(self):
+        """The position before the next image: plain numbers, fit for JSON."""
+        position = self.buffer[0][0] if self.buffer else self.reader.position
+        more = {"layout": self.layout, "taken": self.taken, "pass": self.epoch, "seen": self.seen}
+        return copy.deepcopy({**more, **position})
+
+    def _fill(self):
+        """Append the next chunk to the buffer, with the position before it."""
+        before = copy.deepcopy(self.reader.position)
+        chunk = self.reader.next_chunk()
+        if chunk is None:
+            if not self.reader.position["read"]:
+                raise BadFilesError("the shards of this process hold no images at all")
+            return
+        self.skipped_names += chunk.pop("skipped")
+        if len(chunk["ids"]):
+            self.buffer.append((before, chunk))
+            self.buffered += len(chunk["ids"])
+
+    def __next__(self):
+        while self.buffered < self.size:
+            self._fill()
+        pieces, missing = [], self.size
+        while missing:
+            chunk = self.buffer[0][1]
+            piece = {name: values[self.taken : self.taken + missing] for name, values in chunk.items()}
+            pieces.append(piece)
+            missing -= len(piece["ids"])
+            self.taken += len(piece["ids"])
+            if self.taken == len(chunk["ids"]):
+                self.buffer.pop(0)
+                self.taken = 0
+        self.buffered -= self.size
+        batch = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        self.epoch = int(batch["ids"][-1, 0])
+        self.seen = seed_of(self.seen, batch["ids"].numpy().tobytes())
+        return batch
+
+
+class Stream:
+    """A process's endless stream of batches: `next(stream)` -> {"images": uint8 (b, 3, S, S), ..., "ids": (b, 2)}, with
+    a tensor for each of view.names.
+
+    A pass is divided into `data.parts` parts (None: one for each process). A process that carries several of them,
+    since a run goes on with fewer processes than it began with, gives a batch of each in turn: what the run sees stays
+    the same. `part` is the number of the one that the last batch came from. `state_dict()` is {part: state}, from
+    which another Stream continues with the very next image.
+    """
+
+    def __init__(self, source, view, data, seed, rank=0, world=1, state=None, first_pass=0):
+        self.names = (*view.names, *(("labels",) if source.classes else ()))
+        states = {int(part): part_state for part, part_state in (state or {}).items()}
+        parts = data.parts or world
+        self.parts = {part: Part(source, view, data, seed, part, parts, states.get(part), first_pass)
+                      for part in range(rank, parts, world)}  # fmt: skip
+        self.turns = itertools.cycle(self.parts)
+        self.part = None
+
+    def __next__(self):
+        self.part = next(self.turns)
+        return next(self.parts[self.part])
+
+    def state_dict(self):
+        return {part: stream.state_dict() for part, stream in self.parts.items()}
+
+    @property
+    def skipped(self):
+        """Files that could not be used, so far."""
+        return sum(stream.skipped for stream in self.parts.values())
+
+    @property
+    def skipped_names(self):
+        """Those of them that have not been reported yet."""
+        return [name for stream in self.parts.values() for name in stream.skipped_names]
+
+    def reported(self):
+        """The names of skipped files have been passed on."""
+        for stream in self.parts.values():
+            stream.skipped_names = []

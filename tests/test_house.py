@@ -1,0 +1,121 @@
+"""The house: who may import whom, which flags there are, and that a wrong one is answered before any heavy import."""
+
+from engine.arguments import parse
+
+import ast
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from launch import ROOT
+
+import convert
+import finetune
+import probe
+import train
+
+# Arrows run only downwards: a file imports from those before it. The four scripts do not import each other.
+ENGINE = ["errors", "files", "seeds", "arguments", "images", "network", "sources", "stream", "frozen", "checkpoints",
+          "log", "run", "evaluation"]  # fmt: skip
+SCRIPTS = ["train", "probe", "finetune"]
+
+
+def imports_of(path):
+    """The project's own modules that a file imports, anywhere in it."""
+    ours = {"engine", "bench", "cae", "convert", *SCRIPTS}
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative imports hide where things come from"
+            names = [node.module] if node.module != "engine" else [f"engine.{alias.name}" for alias in node.names]
+        found |= {name for name in names if name.split(".")[0] in ours}
+    return found
+
+
+def test_every_file_has_its_room():
+    assert {path.stem for path in (ROOT / "engine").glob("*.py")} == {"__init__", *ENGINE}
+    assert {path.stem for path in ROOT.glob("*.py")} == {"cae", "convert", *SCRIPTS}
+
+
+@pytest.mark.parametrize("name", ENGINE)
+def test_the_engine_imports_downwards(name):
+    """Neither the model nor a script, and of the engine what stands before it."""
+    allowed = {f"engine.{other}" for other in ENGINE[: ENGINE.index(name)]}
+    assert imports_of(ROOT / "engine" / f"{name}.py") <= allowed
+
+
+@pytest.mark.parametrize("name", ["__init__", "errors", "seeds"])
+def test_what_stands_on_nothing(name):
+    assert imports_of(ROOT / "engine" / f"{name}.py") == set()
+
+
+def test_the_model_imports_nothing_of_ours():
+    assert imports_of(ROOT / "cae.py") == set()
+
+
+@pytest.mark.parametrize("name", ["convert", *SCRIPTS])
+def test_scripts_import_model_bridges_and_engine(name):
+    """No script imports another. (convert.py is a script as well, and the one way to other people's weights.)"""
+    others = {"cae"} if name == "convert" else {"cae", "convert"}
+    assert {module for module in imports_of(ROOT / f"{name}.py") if not module.startswith("engine.")} <= others
+
+
+def test_benchmarks_stand_on_everything_and_carry_nothing():
+    for path in [*ROOT.glob("*.py"), *(ROOT / "engine").glob("*.py")]:
+        assert not any(module.startswith("bench") for module in imports_of(path)), path.name
+
+
+COMMANDS = {
+    "train.py": (train.Args, []),
+    "probe.py knn": (probe.Command, ["knn"]),
+    "probe.py linear": (probe.Command, ["linear"]),
+    "probe.py attentive": (probe.Command, ["attentive"]),
+    "finetune.py classify": (finetune.Classify, []),
+    "convert.py": (convert.Export, []),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_new_flag_is_a_decision(command, capsys):
+    """--help of every script against flags.txt: who adds a flag writes it there, too."""
+    import tyro
+
+    kind, start = COMMANDS[command]
+    with pytest.raises(SystemExit):
+        if command == "convert.py":
+            tyro.cli(kind, args=["--help"])
+        else:
+            parse(kind, [*start, "--help"])
+    found = sorted(set(re.findall(r"(?<=[│ ,])--[a-z][\w-]*", re.sub(r"(?m)^│ {5,}.*$", "", capsys.readouterr().out))))
+    listed = (ROOT / "tests" / "flags.txt").read_text()
+    listed = dict(block.split(":\n") for block in listed.strip().split("\n\n"))
+    assert found == sorted(listed[command].split()), command
+
+
+def test_threads_of_torch_wait_without_spinning():
+    """Of every script, before it imports torch: later it has no effect, and the loading workers get no core."""
+    check = "import os, sys\nclass Finder:\n    def find_spec(name, *_):\n"
+    check += "        if name == 'torch': print(os.environ.get('OMP_WAIT_POLICY'))\n"
+    check += "sys.meta_path.insert(0, Finder)\n"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    for script in ("convert", *SCRIPTS):
+        process = subprocess.run([sys.executable, "-c", f"{check}import {script}"], cwd=ROOT, capture_output=True,
+                                 text=True, env=environment, timeout=120)  # fmt: skip
+        assert process.stdout.split() == ["PASSIVE"], (script, process.stdout, process.stderr)
+
+
+@pytest.mark.parametrize("command", ["train.py --no-such-flag", "train.py --size huger", "probe.py knn --no-such-flag",
+                                     "finetune.py classify --no-such-flag", "convert.py --no-such-flag"])  # fmt: skip
+def test_a_wrong_flag_is_answered_without_what_only_a_run_needs(command):
+    """Each of these costs as much as half of `import torch`."""
+    script, *flags = command.split()
+    heavy = ["accelerate", "datasets", "transformers", "torchvision", "pandas", "pyarrow", "timm", "onnx",
+             "torch.distributed.checkpoint", "torch._dynamo", "sympy"]  # fmt: skip
+    code = f"import sys; sys.argv = {[script, *flags]!r}; import {script.removesuffix('.py')} as script\n"
+    code += "try: script.main()\nexcept SystemExit as stop: print('code', stop.code)\n"
+    code += f"print([name for name in {heavy!r} if name in sys.modules])"
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.stdout.split("\n")[-3:-1] == ["code 2", "[]"], process.stdout + process.stderr

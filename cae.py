@@ -556,7 +556,7 @@ class CAE(
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
-        # CAE v2 narrows the encoder's output for a narrower regressor; the same tokens also reach the head.
+        # Nothing, or where the regressor is narrower than the encoder (CAE v2 tiny) what leads to it, and to the head.
         self.to_regressor = nn.Sequential()
         if config.regressor_dim != config.dim:
             self.to_regressor.append(nn.Linear(config.dim, config.regressor_dim))
@@ -583,10 +583,10 @@ class CAE(
         loss_align, as weighted in the sum. A part that `supervise` or a zero weight excludes is not computed.
         """
         config, grid = self.config, patch_grid(images, self.config.patch_size)
-        z_visible = self.latents(images, visible)                                        # (B, 1 + Nv, R)
+        z = self.latents(images, visible)                                                # (B, 1 + Nv, R)
         z_masked = z_target = prediction = None
         if config.method == "cae" or config.supervise != "visible":
-            z_masked = self.regressor(z_visible[:, 1:], visible, masked, grid)           # (B, Nm, R)
+            z_masked = self.regressor(z[:, 1:], visible, masked, grid)                   # (B, Nm, R)
 
         if config.method == "cae":
             if config.align_weight > 0:
@@ -595,7 +595,7 @@ class CAE(
                 prediction = self.decoder(z_masked, masked, grid)                        # (B, Nm, C)
             return self.loss(prediction, z_masked, z_target, target, masked)
 
-        supervised = {"visible": [z_visible], "masked": [z_masked], "both": [z_visible, z_masked]}[config.supervise]
+        supervised = {"visible": [z], "masked": [z_masked], "both": [z, z_masked]}[config.supervise]
         prediction = self.head(torch.cat(supervised, dim=1))                             # (B, n, C)
         return self.loss(prediction, target, visible, masked)
 

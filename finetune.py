@@ -8,6 +8,7 @@
 Read in this order: flags and recipes, the model, the views, the optimizer's groups, the loop, what is written.
 """
 
+# engine comes first: it sets what has to be set before torch is imported.
 from engine.arguments import (
     AutoFloat,
     AutoInt,
@@ -198,7 +199,7 @@ def resolve(args, origin, world=1):
     fill(recipe, "crop_ratio", 1.0 if model.image_size <= 64 else 0.875)
     effective, old = 32 if nano else 1024 if method == "cae-v2" else 4096, args_of_run(run)
     resolve_run(data, run, world, old, batch=128, effective=effective, epochs=float(epochs))
-    fill(recipe, "warmup_epochs", old.get("warmup_epochs"))  # a run that goes on for longer has had it
+    fill(recipe, "warmup_epochs", old.get("warmup_epochs"))  # that of the resumed run, also if it is to be longer now
     if run.epochs is not None:
         fill(recipe, "warmup_epochs", min(float(warmup), run.epochs / 10))
     for name in ("layer_decay", "label_smoothing", "erasing", "crop_ratio", "ema"):
@@ -434,100 +435,107 @@ def classify(args):
     with Run(args, "cae-finetune") as run:
         with run.main_process_first():
             origin = load_origin(args.model, args.run.seed)
-            args = resolve(args, origin, run.world)
+            args = resolve(args, origin, run.world)  # the recipe depends on the checkpoint's method and size
             recipe, data = args.recipe, args.data
             train_source, val_source, classes = open_data(args, origin, run.world)
             torch.manual_seed(args.run.seed)
             model = build_model(args.model, origin, classes)
-            if not recipe.eval_only:
-                length = length_of_run(args.run, data, train_source, recipe.warmup_epochs, 20)
-                require(recipe.ema == 0 or length.steps * (1 - recipe.ema) >= 3,
-                        f"--ema {recipe.ema} averages over more steps than a third of the {length.steps} of the run: "
-                        "lower it")
+            length = None if recipe.eval_only else length_of_run(args.run, data, train_source)
+            warmup = length and length.warmup(recipe.warmup_epochs, share=20)
+            require(recipe.ema == 0 or recipe.eval_only or length.steps * (1 - recipe.ema) >= 3,
+                    f"--ema {recipe.ema} averages over more steps than a third of the {length and length.steps} of the "
+                    "run: lower it")
             run.open_folder(args, task="classify", weights=fingerprint(origin.beit.state_dict()))
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         run.header(f"classify: {origin.name}, {millions:.1f} M parameters, {args.model.image_size} pixels, "
-                   f"{len(classes)} classes", None if recipe.eval_only else length)  # fmt: skip
-        card = {"origin": origin.name, "method": origin.method, "size": origin.size, "classes": len(classes)}
+                   f"{len(classes)} classes", length)  # fmt: skip
+        about = {"origin": origin.name, "method": origin.method, "size": origin.size, "classes": len(classes)}
         skipped = []  # files of this process's part of the split to evaluate on that could not be used
-
-        def measure(network):
-            """Top-1 and top-5 accuracy in percent, and on how many images."""
-            view = CenterCrop(args.model.image_size, recipe.crop_ratio)
-            batches = evaluation_batches(run.accelerator, val_source, view, data, "images to evaluate on", skipped)
-            batches = ((to_input(images), labels) for images, labels in batches)
-            tops, images = accuracy(run.accelerator, lambda x: network(x).logits, batches)
-            require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
-            return tops, images
+        measure = partial(accuracy_of, run, args, val_source, skipped)
 
         if recipe.eval_only:
             if run.is_main:
                 write_config(run.folder, run.values, model.config.to_dict())
             tops, images = measure(model.to(run.device).eval())
             evaluations = [{"step": 0, "epoch": None, "images": images, "accuracy": tops}]
-            return finish(args, run, evaluations, card, len(skipped))
+            return finish(args, run, evaluations, about, len(skipped))
 
         groups = parameter_groups(model, recipe.layer_decay, recipe.weight_decay)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        average = None
+        ema = None
         if recipe.ema:
-            average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(run.device)
+            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(run.device)
         if args.run.compile:
             model.compile()
-        # A checkpoint holds model, optimizer, average and the evaluations so far, the place in the data and the step.
-        model, optimizer = run.prepare(model, optimizer)
-        bare = run.accelerator.unwrap_model(model)
-        best = average or bare  # the weights that are evaluated and written
-        if average:
-            average.eval().requires_grad_(False).update_parameters(bare)  # the first call copies: it starts from here
-            run.accelerator.register_for_checkpointing(average)
-        run.load_checkpoint(length, bare.config.to_dict())
+        model, optimizer = run.prepare(model, optimizer)  # DDP; forward under autocast
+        unwrapped = run.accelerator.unwrap_model(model)
+        if ema is not None:
+            ema.eval().requires_grad_(False).update_parameters(unwrapped)  # the first call copies: it starts from here
+            run.accelerator.register_for_checkpointing(ema)
+        eval_model = unwrapped if ema is None else ema  # what is evaluated and written
+        # A checkpoint holds weights, optimizer state, EMA, the evaluations so far, the number of steps and of skipped
+        # ones, and the position in the data. If there is one, the run goes on from it.
+        run.resume(length, unwrapped.config.to_dict())
         evaluations = run.memory.setdefault("evaluations", [])
         stream = run.stream(train_source, TrainView(args.model.image_size, recipe))
         mix = mixing(recipe, len(classes))
         model.train()
-        peak = recipe.lr * data.effective_batch_size / 1024
 
-        def write_model(folder, step, weights):
+        def write_model(folder, step, weights=None):
+            """model/ beside each checkpoint, and best/."""
             evaluation = next((e for e in evaluations if e["step"] == step), None)
-            write_classifier(folder, best, args, card, step, evaluation)
+            write_classifier(folder, eval_model, args, about, step, evaluation)
 
         def evaluate(line):
             """After an epoch; best/ is written if there was nothing better."""
-            best.eval()
-            tops, images = measure(best)
+            eval_model.eval()
+            tops, images = measure(eval_model)
             model.train()
             evaluations.append({"step": line["step"], "epoch": line["epoch"], "images": images, "accuracy": tops})
             is_best = evaluations[-1] is best_of(evaluations) or not (run.folder / "best").exists()
             if run.is_main and is_best:
-                write = partial(write_model, step=line["step"], weights=None)
-                problem = write_model_folder(run.folder / "best", write)
+                problem = write_model_folder(run.folder / "best", partial(write_model, step=line["step"]))
                 if problem:
                     print(f"warning: {run.folder / 'best'} could not be written: {problem}", file=sys.stderr)
             return {"top1": tops[0], "top5": tops[1]}
 
+        peak = recipe.lr * data.effective_batch_size / 1024
+        # From the checkpoint's step on; in between it logs (--log-every), evaluates (--eval-every) and saves.
         for step in run.steps(stream, evaluate=evaluate, evaluate_every=recipe.eval_every, write_model=write_model):
-            lr = learning_rate(step, length.steps, length.warmup, peak, recipe.min_lr)
+            lr = learning_rate(step, length.steps, warmup, peak, recipe.min_lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]  # layer-wise decay
+            run.log({"lr": lr})
 
-            for images, boxes, labels in run.batches():  # run.accumulation micro-batches, whose gradients add up
+            # Gradients add up over run.accumulation micro-batches: effective batch / (batch of a process * processes).
+            for images, boxes, labels in run.micro_batches():
                 images = to_input(images)                                                # (B, 3, S, S)
                 if recipe.erasing:
                     images = erase(images, boxes)
                 images, labels = mix(images, labels)
-                with run.accumulate(model):
+                with run.accumulate(model):  # DDP joins gradients in the last micro-batch only
                     logits = model(images).logits.float()                                # (B, C)
                     loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
                     run.backward(loss)  # (loss / run.accumulation).backward()
-                run.average({"loss": loss})  # for the log
-            # optimizer.step() with the gradient clipped, and optimizer.zero_grad(); none if it is not finite
-            run.update(optimizer, clip_grad=recipe.clip_grad, lr=lr)
-            if average:
+                run.log({"loss": loss})
+            # Clips the gradient, optimizer.step(), optimizer.zero_grad(); skipped if the gradient is not finite.
+            run.update(optimizer, clip_grad=recipe.clip_grad)
+            if ema is not None:
                 with torch.no_grad():  # update_parameters would ask the device for its count, and wait
-                    average.multi_avg_fn(list(average.module.parameters()), list(bare.parameters()), None)
+                    ema.multi_avg_fn(list(ema.module.parameters()), list(unwrapped.parameters()), None)
 
-        finish(args, run, evaluations, card, len(skipped))
+        finish(args, run, evaluations, about, len(skipped))
+
+
+def accuracy_of(run, args, source, skipped, model):
+    """Top-1 and top-5 accuracy of a model in percent, and on how many images; `skipped` collects files that could not
+    be used. Called on all ranks. Raises UserError and RunError."""
+    view = CenterCrop(args.model.image_size, args.recipe.crop_ratio)
+    batches = evaluation_batches(run.accelerator, source, view, args.data, "images to evaluate on", skipped)
+    batches = ((to_input(images), labels) for images, labels in batches)
+    tops, images = accuracy(run.accelerator, lambda x: model(x).logits, batches)
+    require(images, f"split {args.labels.val_split} of {source.name} holds no image with a label")
+    return tops, images
 
 
 def open_data(args, origin, world):
@@ -570,18 +578,18 @@ def image_processor(args):
     )  # fmt: skip
 
 
-def write_classifier(folder, model, args, card, step, evaluation):
+def write_classifier(folder, model, args, about, step, evaluation):
     """model/: what transformers loads, with image processor and model card."""
     from transformers.utils import logging as transformers_logging
 
-    bare = model.module if isinstance(model, AveragedModel) else model
+    unwrapped = model.module if isinstance(model, AveragedModel) else model
     transformers_logging.disable_progress_bar()  # of a single file
-    bare.save_pretrained(folder)
+    unwrapped.save_pretrained(folder)
     image_processor(args).save_pretrained(folder)
-    model_card(args, card, step, evaluation).save(folder / "README.md")
+    model_card(args, about, step, evaluation).save(folder / "README.md")
 
 
-def model_card(args, card, step, evaluation):
+def model_card(args, about, step, evaluation):
     """What was trained, on what, how, and how good it is."""
     from huggingface_hub import ModelCard, ModelCardData
 
@@ -602,8 +610,8 @@ def model_card(args, card, step, evaluation):
 
 # Image classifier, fine-tuned from a context autoencoder
 
-A `BeitForImageClassification` of transformers: {card['origin']} (method {card['method']}, size {card['size']}),
-fine-tuned end to end on `{data.dataset}`, split `{data.split}`, {card['classes']} classes, at {args.model.image_size}
+A `BeitForImageClassification` of transformers: {about['origin']} (method {about['method']}, size {about['size']}),
+fine-tuned end to end on `{data.dataset}`, split `{data.split}`, {about['classes']} classes, at {args.model.image_size}
 pixels.
 
 Accuracy: {accuracy}.
@@ -626,14 +634,14 @@ step. Every value:
 """)
 
 
-def finish(args, run, evaluations, card, skipped):
+def finish(args, run, evaluations, about, skipped):
     """Table, result.json, upload; called on all ranks."""
     last, top = evaluations[-1], best_of(evaluations)
     skipped = sum(run.gather([skipped]))
     run.end()
     if not run.is_main:
         return
-    same = [row for row in PUBLISHED if row[2] == card["size"] and row[3]]
+    same = [row for row in PUBLISHED if row[2] == about["size"] and row[3]]
     result = run.write_result("finetune.py", {
         "task": "classify",
         "top1": round(last["accuracy"][0], 3),
@@ -644,8 +652,8 @@ def finish(args, run, evaluations, card, skipped):
         "steps": last["step"],
         "images": last["images"],
         "skipped": skipped,
-        "encoder": card["origin"],
-        **card,
+        "encoder": about["origin"],
+        **about,
         "image_size": args.model.image_size,
         "dataset": args.data.dataset,
         "split": args.data.split,
@@ -653,13 +661,13 @@ def finish(args, run, evaluations, card, skipped):
         "batch": args.data.effective_batch_size,
         "seed": args.run.seed,
         "reference": [{"model": name, "top1": top1} for name, _, _, top1, _ in
-                      sorted(same, key=lambda row: row[1] != card["method"])],
+                      sorted(same, key=lambda row: row[1] != about["method"])],
     })  # fmt: skip
     if args.run.push_to_hub and not args.recipe.eval_only:
         result["hub"] = push(run.folder / "model", args.run.push_to_hub)
         write_text(run.folder / "result.json", json.dumps(result, indent=2))
-    rows = [(card["origin"], result["top1"], result["top5"])]
-    rows += [(f"{row['model']} ({'' if card['classes'] == 1000 else 'on '}ImageNet-1K)", row["top1"], None)
+    rows = [(about["origin"], result["top1"], result["top5"])]
+    rows += [(f"{row['model']} ({'' if about['classes'] == 1000 else 'on '}ImageNet-1K)", row["top1"], None)
              for row in result["reference"]]  # fmt: skip
     width = max(34, *(len(name) + 2 for name, _, _ in rows))
     print(f"\n{'fine-tuned':{width}}{'top-1':>8}{'top-5':>8}")

@@ -9,6 +9,7 @@ Each ends with a table, writes result.json into its run folder and prints the sa
 Read in this order: flags, the encoder, features, heads and their optimizer, the loop, results.
 """
 
+# engine comes first: it sets what has to be set before torch is imported.
 from engine.arguments import (
     AutoFloat,
     AutoInt,
@@ -555,7 +556,7 @@ class CachedStream:
                             "old number of processes and --workers, or pass another --run-dir")  # fmt: skip
         self.taken = state["taken"] if state else first_pass * len(labels)
         self.seen = state["seen"] if state else 0
-        self.epoch, self.order = first_pass, None
+        self.epoch, self.order = state["pass"] if state else first_pass, None
 
     def state_dict(self):
         return {self.part: {"taken": self.taken, "pass": self.epoch, "seen": self.seen, "layout": self.layout}}
@@ -624,7 +625,7 @@ def learning_rate(step, total, warmup):
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup - 1, 1)))
 
 
-def train_heads(run, extractor, train_source, val_source, length, description):
+def train_heads(run, extractor, train_source, val_source, length, warmup, description):
     """Train the heads of a linear or attentive probe: (settings, evaluations, kNN rows or None), or None if this run is
     complete already. Raises UserError and RunError."""
     args, asked, num_classes = extractor.args, extractor.args.probe, len(train_source.classes)
@@ -635,10 +636,11 @@ def train_heads(run, extractor, train_source, val_source, length, description):
     if run.is_main and length.steps_per_pass and length.steps_per_pass < 4:
         print(f"a pass is only {length.steps_per_pass:.1f} steps: a smaller --effective-batch-size learns more from "
               f"{train_source.num_images} images", file=sys.stderr)  # fmt: skip
-    # A checkpoint holds heads, optimizer, the evaluations so far and kNN, the place in the data and the step.
-    heads, optimizer = run.prepare(heads, optimizer)
-    bare = run.accelerator.unwrap_model(heads)
-    run.load_checkpoint(length, description)
+    heads, optimizer = run.prepare(heads, optimizer)  # DDP; forward under autocast
+    unwrapped = run.accelerator.unwrap_model(heads)
+    # A checkpoint holds the heads, optimizer state, the evaluations so far and kNN, the number of steps, and the
+    # position in the data. If there is one, the run goes on from it.
+    run.resume(length, description)
     if run.progress.step >= length.steps and (run.folder / "result.json").exists():
         return None
     evaluations = run.memory.setdefault("evaluations", [])
@@ -652,13 +654,13 @@ def train_heads(run, extractor, train_source, val_source, length, description):
 
     def evaluate(line):
         """Every head, after an epoch."""
-        join_statistics(run.accelerator, bare)
+        join_statistics(run.accelerator, unwrapped)
         heads.eval()
         if val is None:
             batches = extractor.batches(val_source, select, "val")
         else:
             batches = zip(*(x.split(args.data.batch_size) for x in val), strict=True) if len(val[1]) else []
-        tops, images = accuracy(run.accelerator, bare, batches, (len(settings),))
+        tops, images = accuracy(run.accelerator, unwrapped, batches, (len(settings),))
         heads.train()
         require(images, f"split {args.labels.val_split} of {val_source.name} holds no image with a label")
         losses = [loss if loss is not None and math.isfinite(loss) else None for loss in line["loss_heads"]]
@@ -667,26 +669,27 @@ def train_heads(run, extractor, train_source, val_source, length, description):
         return {"top1": tops[0][0], "top5": tops[0][1], "top1_heads": [top1 for top1, _ in tops]}
 
     def before_checkpoint():
-        join_statistics(run.accelerator, bare)  # a checkpoint holds one rank's statistics for all
+        join_statistics(run.accelerator, unwrapped)  # a checkpoint holds one rank's statistics for all
 
     for step in run.steps(stream, evaluate=evaluate, evaluate_every=asked.eval_every,
                           before_checkpoint=before_checkpoint):  # fmt: skip
-        factor = learning_rate(step, length.steps, length.warmup)
+        factor = learning_rate(step, length.steps, warmup)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * factor
+        run.log({"lr": optimizer.param_groups[0]["lr"]})
 
+        # The features of run.accumulation forward passes make one batch: BatchNorm sees it whole.
         features, labels = [], []
-        for images, classes in run.batches():  # forward passes whose features make one batch: BatchNorm sees it whole
+        for images, numbers in run.micro_batches():
             features.append(images if asked.cache_features else extractor.encode(images, select))
-            labels.append(classes)
+            labels.append(numbers)
         logits = heads(torch.cat(features))                                              # (heads, B, C)
         target = torch.cat(labels).expand(len(settings), -1)                             # (heads, B)
         loss = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(target.shape).mean(dim=1)
-        run.accelerator.backward(loss.sum())  # loss.backward(): no head's loss depends on another's weights
-        optimizer.step()
+        run.accelerator.backward(loss.sum())  # no head's loss depends on another's weights
+        optimizer.step()  # not run.update: a head may diverge by itself, for good; when all have, the run ends
         optimizer.zero_grad(set_to_none=True)
-        diverged = ~torch.isfinite(loss).any()  # a head may diverge by itself, for good; when all have, the run ends
-        run.record({"loss": loss[0], "loss_heads": loss, "lr": optimizer.param_groups[0]["lr"]}, skipped=diverged)
+        run.record({"loss": loss[0], "loss_heads": loss}, not_finite=~torch.isfinite(loss).any())
 
     if not asked.cache_features:
         extractor.skipped["train"] = stream.skipped
@@ -809,7 +812,8 @@ def evaluate_encoder(args):
             train_source, val_source = open_labelled(args.data, args.labels, run.world if trains else 1)
             identity = {"task": task_of(args), "weights": weights_of(encoder)}
             if trains:
-                length = length_of_run(args.run, args.data, train_source, args.probe.warmup_epochs, 9)
+                length = length_of_run(args.run, args.data, train_source)
+                warmup = length.warmup(args.probe.warmup_epochs, share=9)
                 run.open_folder(args, **identity)
             else:
                 names = ("checkpoints", "log.jsonl", "model")
@@ -819,7 +823,7 @@ def evaluate_encoder(args):
         description = {name: getattr(encoder, name) for name in ("kind", "dim", "patch_size")}
         extractor, num_classes, found = Extractor(args, encoder, run), len(train_source.classes), None
         if trains:
-            trained = train_heads(run, extractor, train_source, val_source, length, description)
+            trained = train_heads(run, extractor, train_source, val_source, length, warmup, description)
             if trained:
                 settings, evaluations, rows = trained
                 found = {**summary(args, settings, evaluations), **({"knn": rows} if rows else {})}

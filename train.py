@@ -6,10 +6,11 @@
 Pretraining from the first line to the last: the targets, the student's view with its mask, the flags and the recipe,
 the schedule, the loop. The model and its losses are in cae.py; engine/ is what every run needs and no paper mentions.
 
-Everything random about an image (its place in the pass, crop, flip, colours, mask) is a pure function of the seed, the
-pass and the image's place in the data; everything random in a step (stochastic depth) one of the seed and the step.
+Everything random about an image (its position in the shuffled epoch, crop, flip, colours, mask) is a pure function of
+seed, epoch and the image's index in the data; everything random in a step (stochastic depth) one of seed and step.
 """
 
+# engine comes first: it sets what has to be set before torch is imported.
 from engine.arguments import (
     DEMO,
     AutoFloat,
@@ -57,7 +58,14 @@ from cae import (
 
 # ----------------------------------------------------------------------------------------------------------------
 # Targets: what is predicted. Each teacher maps pixels (B, 3, H, W) in [0, 1], exactly the student's crop, to the
-# target; frozen, in evaluation mode, outside DDP and the checkpoints. A new one is a class here and a line in TARGETS.
+# target; frozen, in evaluation mode, outside DDP and the checkpoints. A new one is a class here and a line in TARGETS:
+#
+#     method           whose loss takes the target: cae-v2 float (B, 1 + N, C), class token first; cae int64 codes
+#                      (B, N), which mean cross-entropy, or float (B, N, C), which mean MSE
+#     hub_id           default of --teacher; "" where nothing is loaded
+#     demo_folder      the same with --dataset demo; None: not with the demo
+#     target_dim       C, or the number of codes
+#     compile_network  for --compile
 
 
 class CLIPTeacher(nn.Module):
@@ -67,8 +75,8 @@ class CLIPTeacher(nn.Module):
     interpolated where that is not its own size.
     """
 
-    method, class_tokens = "cae-v2", 1
-    weights, demo_weights = "openai/clip-vit-base-patch16", str(DEMO / "clip_teacher")  # of --teacher, if not given
+    method = "cae-v2"
+    hub_id, demo_folder = "openai/clip-vit-base-patch16", str(DEMO / "clip_teacher")
 
     def __init__(self, args, patch_size):
         super().__init__()
@@ -80,8 +88,7 @@ class CLIPTeacher(nn.Module):
         pixels = resize(pixels, tuple(self.clip.patch_size * side for side in grid))
         return self.clip.model.visual_projection(self.clip(pixels))                      # (B, 1 + N, C)
 
-    def compile(self):
-        """With torch.compile; resizing stays as it is."""
+    def compile_network(self):
         self.clip.model.vision_model.compile(fullgraph=True)
 
 
@@ -92,8 +99,8 @@ class DALLETeacher(nn.Module):
     antialiased bicubic is near enough.
     """
 
-    method, class_tokens = "cae", 0
-    weights, demo_weights = "facebook/flava-image-codebook", None
+    method = "cae"
+    hub_id, demo_folder = "facebook/flava-image-codebook", None
 
     def __init__(self, args, patch_size):
         super().__init__()
@@ -108,16 +115,15 @@ class DALLETeacher(nn.Module):
         x = 0.8 * resize(pixels, (8 * rows, 8 * columns)) + 0.1                          # DALL-E's own squeezing
         return self.codebook.get_codebook_indices(x.to(self.codebook.dtype)).flatten(1)  # (B, N)
 
-    def compile(self):
-        """As CLIPTeacher's."""
+    def compile_network(self):
         self.codebook.blocks.compile(fullgraph=True)
 
 
 class PixelTeacher(nn.Module):
     """The patches themselves, as the student sees them: (B, N, 3 P^2), ordered (row, column, channel) as in MAE."""
 
-    method, class_tokens = "cae", 0
-    weights = demo_weights = ""
+    method = "cae"
+    hub_id = demo_folder = ""
 
     def __init__(self, args, patch_size):
         super().__init__()
@@ -131,8 +137,8 @@ class PixelTeacher(nn.Module):
             patches = (patches - mean) / (var + 1e-6).sqrt()
         return patches                                                                   # (B, N, 3 P^2)
 
-    def compile(self):
-        """Nothing: no network."""
+    def compile_network(self):
+        """There is none."""
 
 
 TARGETS = {  # by --target; the first of a method is its default
@@ -145,16 +151,14 @@ TARGETS = {  # by --target; the first of a method is its default
 def build_teacher(args, config):
     """The teacher of these arguments, shown to give one target for every token of the student. Raises UserError."""
     teacher = TARGETS[args.target.target](args.target, config.patch_size).eval().requires_grad_(False)
-    tokens = config.num_patches + teacher.class_tokens
+    tokens = config.num_patches + (teacher.method == "cae-v2")  # with the class token
     try:
-        got = teacher(torch.rand(1, 3, config.image_size, config.image_size)).shape[1]
+        found = teacher(torch.rand(1, 3, config.image_size, config.image_size)).shape[1]
     except (RuntimeError, ValueError) as error:
-        got = first_line(error)
-    if got != tokens:
-        raise UserError(
+        found = first_line(error)  # for the message
+    require(found == tokens,
             f"the grid of --teacher {args.target.teacher} cannot match the student's {config.grid[0]} x "
-            f"{config.grid[1]} patches: {tokens} tokens are needed, it gives {got}"
-        )
+            f"{config.grid[1]} patches: {tokens} tokens are needed, it gives {found}")  # fmt: skip
     return teacher
 
 
@@ -162,14 +166,19 @@ def build_teacher(args, config):
 # The student's view: one random crop of an image, and its mask. Drawn in the loading processes.
 
 
+def num_masked(args, config):
+    """ceil(mask ratio * N), so 0.15 of 196 is 30."""
+    return math.ceil(args.target.mask_ratio * config.num_patches - 1e-9)
+
+
 class Crops:
-    """A pure function of the image and a seed.
+    """A pure function of the image and a seed, which follows from the run's seed, the epoch and the image.
 
     The released code jitters colours before it crops. Here the crop is jittered, at a fifth of the cost for an image
     of 500 x 375: contrast is then relative to the crop's mean grey instead of the whole image's.
     """
 
-    names = ("images", "visible", "masked")
+    names = ("images", "visible", "masked")  # what __call__ returns, in the order in which the loop gets it
 
     def __init__(self, args, config):
         from torchvision.transforms import v2
@@ -189,11 +198,6 @@ class Crops:
         else:
             visible, masked = random_mask(1, self.grid, self.num_masked)
         return image, visible[0], masked[0]
-
-
-def num_masked(args, config):
-    """ceil(mask ratio * N), so 0.15 of 196 is 30."""
-    return math.ceil(args.target.mask_ratio * config.num_patches - 1e-9)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -280,7 +284,7 @@ class RecipeArgs:
     """Strength of brightness, contrast and saturation jitter. Default: 0.4 (cae-v2), 0 (cae, nano, demo)."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
-    checkpoint_blocks: Annotated[bool, Mark.FREE] = False
+    checkpoint_blocks: Annotated[bool, Mark.FREE] = False  # FREE: a resumed run may have another value
     """Run the encoder's blocks again in the backward pass instead of keeping what they computed: less memory."""
 
 
@@ -301,32 +305,33 @@ MASK_RATIO = {"nano": 0.25, "tiny": 0.15, "small": 0.25, "base": 0.5, "large": 0
 def resolve(args, world=1):
     """Args with every None filled in from the recipe of its size, method and data set. Raises UserError.
 
-    The result has numbers throughout (but for what only the data know), and is what config.json holds.
+    The result is what config.json holds. It has numbers throughout, but for what only model or data know.
     """
     args = copy.deepcopy(args)
     model, data, target, recipe, run = args.model, args.data, args.target, args.recipe, args.run
-    demo, v2_method = data.dataset == "demo", model.method == "cae-v2"
+    demo, is_v2 = data.dataset == "demo", model.method == "cae-v2"
     fill(model, "size", "nano" if demo else "base")
     require(model.size in SIZES, f"--size {model.size} does not exist: choose from {', '.join(SIZES)}")
-    small = demo or model.size == "nano"  # small images, short runs
-    fill(model, "image_size", 28 if small else 224)
-    fill(model, "patch_size", 4 if small else 16)
-    fill(target, "mask_ratio", MASK_RATIO[model.size] if v2_method else 0.5)
-    fill(target, "min_block", 4 if small else 16)
-    known = {name: kind for name, kind in TARGETS.items() if kind.method == model.method}
-    fill(target, "target", next(name for name, kind in known.items() if not demo or kind.demo_weights is not None))
-    require(target.target in known,
-            f"--method {model.method} cannot predict --target {target.target}: it takes {' or '.join(known)}")
-    weights = (demo and known[target.target].demo_weights) or known[target.target].weights
-    require(weights or not target.teacher, f"--teacher has no use with --target {target.target}: drop one")
-    fill(target, "teacher", weights)
-    fill(recipe, "lr", 8e-2 if small else 1.5e-3)
-    fill(recipe, "crop_scale", (0.6, 1.0) if small else (0.4, 1.0) if v2_method else (0.08, 1.0))
-    fill(recipe, "color_jitter", 0.4 if v2_method and not small else 0.0)
+    short = demo or model.size == "nano"  # a short run on small images
+    fill(model, "image_size", 28 if short else 224)
+    fill(model, "patch_size", 4 if short else 16)
+    fill(target, "mask_ratio", MASK_RATIO[model.size] if is_v2 else 0.5)
+    fill(target, "min_block", 4 if short else 16)
+    possible = {name: teacher for name, teacher in TARGETS.items() if teacher.method == model.method}
+    with_demo = [name for name, teacher in possible.items() if teacher.demo_folder is not None]
+    fill(target, "target", with_demo[0] if demo else next(iter(possible)))
+    require(target.target in possible,
+            f"--method {model.method} cannot predict --target {target.target}: it takes {' or '.join(possible)}")
+    default = (demo and possible[target.target].demo_folder) or possible[target.target].hub_id
+    require(default or not target.teacher, f"--teacher has no use with --target {target.target}: drop one")
+    fill(target, "teacher", default)
+    fill(recipe, "lr", 8e-2 if short else 1.5e-3)
+    fill(recipe, "crop_scale", (0.6, 1.0) if short else (0.4, 1.0) if is_v2 else (0.08, 1.0))
+    fill(recipe, "color_jitter", 0.4 if is_v2 and not short else 0.0)
     fill(recipe, "weight_decay_end", recipe.weight_decay)
     fill(run, "run_dir", f"runs/{model.method}-{model.size}{'-demo' if demo else ''}")
-    batch, effective, epochs = 256, 64 if small else 2048, 10.0 if small else 300.0
-    resolve_run(data, run, world, args_of_run(run), batch=batch, effective=effective, epochs=epochs)
+    old_args = args_of_run(run)  # a resumed run keeps its --parts and --batch-size
+    resolve_run(data, run, world, old_args, batch=256, effective=64 if short else 2048, epochs=10.0 if short else 300.0)
     require(0 < target.mask_ratio < 1, f"--mask-ratio is {target.mask_ratio}: it must lie between 0 and 1")
     require_positive(target, "min_block")
     require_positive(recipe, "lr", "adam_eps")
@@ -364,11 +369,16 @@ def model_config(args, **overrides):
 def parameter_groups(model):
     """Trainable parameters, with and without weight decay. The released code also decays the class and mask tokens,
     by oversight; here they count with the parameters of one dimension."""
-    groups = [{"params": [], "decay": True}, {"params": [], "decay": False}]
+    decayed, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[parameter.ndim < 2 or name.endswith("token")]["params"].append(parameter)
-    return groups
+            (others if parameter.ndim < 2 or name.endswith("token") else decayed).append(parameter)
+    return [{"params": decayed, "decay": True}, {"params": others, "decay": False}]
+
+
+def warmup_steps(length, epochs=None):
+    """So many epochs, or for None 10 of 300, 20 of 800, 40 of 1600, and a thirtieth of a shorter run."""
+    return length.warmup(epochs, share=40 if round(length.epochs or 0) > 300 else 30)
 
 
 def learning_rate(step, total, warmup, peak, final):
@@ -393,53 +403,59 @@ def train(args):
     recipe = args.recipe
     with Run(args) as run:
         with run.main_process_first():
-            run.open_folder(args)  # an earlier run there goes on, from its last checkpoint
+            run.open_folder(args)  # is it the same run as the one there? run.resume below continues it
             source = open_source(args.data, args.data.parts)
-            teacher = build_teacher(args, model_config(args)).to(run.device, run.half)
+            teacher = build_teacher(args, model_config(args)).to(run.device, run.frozen_dtype)
         config = model_config(args, target_dim=teacher.target_dim)
-        length = length_of_run(args.run, args.data, source, recipe.warmup_epochs)
-        peak = recipe.lr * args.data.effective_batch_size / 2048
+        length = length_of_run(args.run, args.data, source)
+        warmup = warmup_steps(length, recipe.warmup_epochs)
 
         torch.manual_seed(args.run.seed)
         model = CAE(config)
         model.encoder.checkpoint_blocks = recipe.checkpoint_blocks
-        betas = (recipe.beta1, recipe.beta2)
-        optimizer = torch.optim.AdamW(parameter_groups(model), 0.0, betas, recipe.adam_eps, fused=True)
+        betas = (recipe.beta1, recipe.beta2)  # the learning rate is set in every step
+        optimizer = torch.optim.AdamW(parameter_groups(model), lr=0.0, betas=betas, eps=recipe.adam_eps, fused=True)
         if args.run.compile:
             model.compile(fullgraph=True)
-            teacher.compile()
+            teacher.compile_network()
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         run.header(f"{config.method} {args.model.size}, {millions:.1f} M parameters, {num_masked(args, config)} of "
                    f"{config.num_patches} patches masked", length)  # fmt: skip
 
-        # A checkpoint holds model, optimizer, the place in the data and the step; random numbers follow from these.
-        model, optimizer = run.prepare(model, optimizer)
-        run.load_checkpoint(length, dataclasses.asdict(config))
-        stream = run.stream(source, Crops(args, config))  # images and masks
+        model, optimizer = run.prepare(model, optimizer)  # DDP; forward under autocast
+        # A checkpoint holds weights, optimizer state, the number of steps and of skipped ones, and the position in the
+        # data; all else that is random follows from these and the seed. If there is one, the run goes on from it.
+        run.resume(length, dataclasses.asdict(config))
+        stream = run.stream(source, Crops(args, config))  # batches of images and masks
         model.train()
 
         def write_model(folder, step, weights):
-            """model/ beside each checkpoint: what CAE.from_pretrained reads."""
-            whole = CAE(config)
-            whole.load_state_dict(weights)
-            whole.save_pretrained(folder)
+            """model/ beside each checkpoint, for CAE.from_pretrained. `weights`: whole, under the model's own names."""
+            unwrapped = CAE(config)
+            unwrapped.load_state_dict(weights)
+            unwrapped.save_pretrained(folder)
 
+        peak = recipe.lr * args.data.effective_batch_size / 2048
+        # From the checkpoint's step on; in between it logs (--log-every) and saves (--checkpoint-every).
         for step in run.steps(stream, write_model=write_model):
-            lr = learning_rate(step, length.steps, length.warmup, peak, recipe.min_lr)
-            decay = cosine(step, length.steps, recipe.weight_decay, recipe.weight_decay_end)
+            lr = learning_rate(step, length.steps, warmup, peak, recipe.min_lr)
+            weight_decay = cosine(step, length.steps, recipe.weight_decay, recipe.weight_decay_end)
             for group in optimizer.param_groups:
-                group["lr"], group["weight_decay"] = lr, decay if group["decay"] else 0.0
+                group["lr"] = lr
+                group["weight_decay"] = weight_decay if group["decay"] else 0.0
+            run.log({"lr": lr, "weight_decay": weight_decay})
 
-            for images, visible, masked in run.batches():  # run.accumulation micro-batches, whose gradients add up
+            # Gradients add up over run.accumulation micro-batches: effective batch / (batch of a process * processes).
+            for images, visible, masked in run.micro_batches():
                 pixels = images.float() / 255                                            # (B, 3, S, S)
                 with torch.no_grad():
                     target = teacher(pixels)  # the one line in which targets are made
-                with run.accumulate(model):  # until the last micro-batch each process keeps its gradients to itself
+                with run.accumulate(model):  # DDP joins gradients in the last micro-batch only
                     losses = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), visible, masked, target)
                     run.backward(losses["loss"])  # (loss / run.accumulation).backward()
-                run.average(losses)  # for the log
-            # optimizer.step() with the gradient clipped, and optimizer.zero_grad(); none if it is not finite
-            run.update(optimizer, clip_grad=recipe.clip_grad, lr=lr, weight_decay=decay)
+                run.log(losses)
+            # Clips the gradient, optimizer.step(), optimizer.zero_grad(); skipped if the gradient is not finite.
+            run.update(optimizer, clip_grad=recipe.clip_grad)
 
         if run.is_main:
             print(f"done: {run.folder / 'model'} holds the model, {run.folder / 'log.jsonl'} the log")

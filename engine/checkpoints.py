@@ -25,7 +25,8 @@ SUMS = "SHA256SUMS"  # of a checkpoint's files, as `sha256sum --check` reads it
 
 def checkpoints(run_dir):
     """Finished checkpoints of a run folder, oldest first."""
-    return sorted(p for p in (Path(run_dir) / "checkpoints").glob("step_*") if re.fullmatch(r"step_\d{8,}", p.name))
+    found = (Path(run_dir) / "checkpoints").glob("step_*")
+    return sorted((path for path in found if re.fullmatch(r"step_\d{8,}", path.name)), key=step_of)
 
 
 def step_of(checkpoint):
@@ -53,8 +54,9 @@ class Resume:
     """{name: Mark} of the flags."""
 
     def changes(self, step):
-        """All changes, if the run goes on from this step."""
-        return self.history + ([{"step": step, "values": self.changed}] if self.changed else [])
+        """All changes, if the run goes on from this step: a later one counts from here."""
+        past = [{**change, "step": min(change["step"], step)} for change in self.history]
+        return past + ([{"step": step, "values": self.changed}] if self.changed else [])
 
     def data_begin_anew(self, step):
         """Whether the data begin anew at this step, by the table of plan_resume. (config.json holds a change from the
@@ -90,20 +92,26 @@ def plan_resume(run, values, marks):
         a name that only one has     goes on (the code has changed)   goes on
     """
     run_dir = Path(run.run_dir)
-    compare_runs(values, marks, run_dir, config_of_run(run_dir), run.resume_changed)
-    found = checkpoints(run_dir)
-    if run.resume == "never" and found:
+    if run.resume == "never" and checkpoints(run_dir):
         raise UserError(f"run folder {run_dir} already holds a run: pass --resume auto, or another --run-dir")
+    compare_runs(values, marks, run_dir, config_of_run(run_dir), run.resume_changed)
     folder, checkpoint = run_to_resume(run)
     candidates = [checkpoint] if checkpoint else checkpoints(folder)[::-1]
-    if run.resume not in ("auto", "never") and found and step_of(found[-1]) > step_of(candidates[0]):
-        raise UserError(
-            f"run folder {run_dir} goes on to {found[-1].name}: pass --resume auto, or to branch off another --run-dir"
-        )
+    branch = branches_off(run_dir, candidates[0]) if run.resume not in ("auto", "never") else None
+    if branch:
+        raise UserError(branch)
     config = config_of_run(folder) if candidates else {}
     changed = compare_runs(values, marks, folder, config, run.resume_changed)
     added = {name: value for name, value in values.items() if name not in config["args"]} if config else {}
     return Resume(candidates, changed, added, config.get("changed", []), marks)
+
+
+def branches_off(run_dir, checkpoint):
+    """Why a run must not go on in this folder from this checkpoint, or None: the folder is farther."""
+    last = next(reversed(checkpoints(run_dir)), None)
+    if last is None or step_of(last) <= step_of(checkpoint):
+        return None
+    return f"run folder {run_dir} goes on to {last.name}: pass --resume auto, or to branch off another --run-dir"
 
 
 def compare_runs(values, marks, folder, config, allowed):
@@ -246,7 +254,7 @@ def save_checkpoint(accelerator, run, step, data_states, trainer, write_model=No
 
     def finish():
         if is_main:
-            (temporary / "trainer.json").write_text(json.dumps({"step": step, **trainer}))
+            (temporary / "trainer.json").write_text(json.dumps({**trainer, "step": step}))
             files = sorted(file for file in temporary.rglob("*") if file.is_file())  # FSDP may write folders
             lines = [f"{sha256(file)}  {file.relative_to(temporary)}\n" for file in files]
             (temporary / SUMS).write_text("".join(lines))
@@ -351,7 +359,10 @@ def sound_checkpoint(accelerator, candidates, run_dir):
                 aside = path.with_name(path.name + ".damaged")
                 shutil.rmtree(aside, ignore_errors=True)
                 path.rename(aside)
-    found, problem = broadcast_object_list([found, next(iter(problems.values()), None)])
+    branch = branches_off(run_dir, found) if found else None  # of another run, after a damaged one
+    found, branch, problem = broadcast_object_list([found, branch, next(iter(problems.values()), None)])
+    if branch:
+        raise UserError(branch)
     if candidates and found is None:
         raise UserError(f"{problem}; there is no other one: pass another --run-dir, or --resume PATH")
     return found

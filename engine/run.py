@@ -46,33 +46,34 @@ class Length:
     """Optimizer steps."""
     steps_per_pass: float | None
     """Steps of a pass over the data; None where the number of images is unknown."""
-    warmup: int
-    """Steps in which the learning rate rises."""
+    data: str = ""
+    """Name of the data set."""
+
+    @property
+    def epochs(self):
+        """Passes over the data; None where the number of images is unknown."""
+        return self.steps / self.steps_per_pass if self.steps_per_pass else None
+
+    def warmup(self, epochs, share):
+        """Steps in which the learning rate rises: so many epochs or, for None, one of `share` parts of the run. Raises
+        UserError."""
+        if epochs is None:
+            return self.steps // share
+        require(self.steps_per_pass is not None,
+                f"the number of images in {self.data} is unknown: --warmup-epochs needs --num-images")
+        steps = round(epochs * self.steps_per_pass)
+        require(steps < self.steps, f"--warmup-epochs {epochs} is not shorter than the run")
+        return steps
 
 
-def length_of_run(run, data, source, warmup_epochs=None, share=None):
-    """RunArgs, DataArgs, Source -> Length. Raises UserError.
-
-    Warm-up where None is given: one of `share` parts of the run; for pretraining 10, 20, 40 epochs of 300, 800, 1600,
-    and a thirtieth of a shorter run.
-    """
+def length_of_run(run, data, source):
+    """RunArgs, DataArgs, Source -> Length. Raises UserError."""
     known = source.num_images is not None
-    require(
-        known or run.steps is not None,
-        f"the number of images in {source.name} is unknown: pass --num-images, or --steps for --epochs",
-    )
-    require(
-        known or warmup_epochs is None,
-        f"the number of images in {source.name} is unknown: --warmup-epochs needs --num-images",
-    )
+    unknown = f"the number of images in {source.name} is unknown"
+    require(known or run.steps is not None, f"{unknown}: pass --num-images, or --steps for --epochs")
     steps_per_pass = source.num_images / data.effective_batch_size if known else None
     total = run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
-    if warmup_epochs is not None:
-        warmup = round(warmup_epochs * steps_per_pass)
-    else:
-        warmup = total // (share or (40 if known and round(total / steps_per_pass) > 300 else 30))
-    require(warmup < total, f"--warmup-epochs {warmup_epochs} is not shorter than the run")
-    return Length(total, steps_per_pass, warmup)
+    return Length(total, steps_per_pass, source.name)
 
 
 def completes_passes(step, total, steps_per_pass, every):
@@ -89,13 +90,13 @@ class SkippedSteps:
     """Of the last steps, one after the other."""
     longest: torch.Tensor
     """The longest streak since the last line of the log."""
-    all: torch.Tensor
+    total: torch.Tensor
 
     def count(self, skipped):
         """One more step; `skipped` is a boolean tensor."""
         self.streak = torch.where(skipped, self.streak + 1, 0)
         self.longest = torch.maximum(self.longest, self.streak)
-        self.all = self.all + skipped
+        self.total = self.total + skipped
 
 
 @dataclass
@@ -135,14 +136,19 @@ class Run:
                 run.open_folder(args)                # is it the same run? where does it go on?
                 ...
             model, optimizer = run.prepare(model, optimizer)
-            run.load_checkpoint(length, ...)         # model, optimizers and run.memory, if there is a checkpoint
+            run.resume(length, ...)                  # model, optimizers and run.memory, if there is a checkpoint
             stream = run.stream(source, view)        # from where the checkpoint stands in the data
             for step in run.steps(stream):           # logs, evaluates and writes checkpoints between the steps
-                for images, ... in run.batches():    # the micro-batches of one step, on the device
+                for images, ... in run.micro_batches():  # of one step, on the device
                     with run.accumulate(model):
                         ...
                         run.backward(loss)
-                run.update(optimizer)
+                    run.log(losses)
+                run.update(optimizer)                # or the script's own step, and run.record(...)
+
+    The stream is engine.stream.Stream, or what has the same: `next(stream)`, a dict with a tensor for each of its
+    `names`; `part`, the part of the data that it came from; `state_dict()`; `skipped`, the number of files that could
+    not be used, `skipped_names`, those not reported yet, and `reported()`, which empties them.
 
     A signal, or data that cannot be had, end the run after a checkpoint of the last step that was taken: out of the
     loop, with SystemExit(0), UserError or RunError.
@@ -158,7 +164,7 @@ class Run:
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.folder, self.progress, self.memory = Path(args.run.run_dir), Progress(), {}
-        self.log, self.peers, self.losses, self.recorded = None, None, {}, None
+        self.log_file, self.peers, self.values_of_step, self.recorded_step = None, None, {}, None
 
     def __enter__(self):
         return self
@@ -171,9 +177,9 @@ class Run:
             self._close()
 
     def _close(self):
-        if self.log:
-            self.log.close()
-            self.peers.close()
+        for part in (self.log_file, self.peers):
+            if part:
+                part.close()
 
     # ---------------------------------------------------------------------------------------------- before the loop
 
@@ -190,8 +196,8 @@ class Run:
         raise_together(mistake)
 
     @property
-    def half(self):
-        """The type for what is frozen and runs outside of autocast, or None: fp16 is slow on CPUs."""
+    def frozen_dtype(self):
+        """The dtype for what is frozen and runs outside of autocast; None: its own. (fp16 is slow on CPUs.)"""
         half = {"bf16": torch.bfloat16, "fp16": torch.float16 if self.device.type != "cpu" else None}
         return half.get(self.precision)
 
@@ -200,7 +206,7 @@ class Run:
         others), by the rule of engine.checkpoints.plan_resume. Raises UserError."""
         self.args, self.folder = args, Path(args.run.run_dir)
         self.values = {**json.loads(json.dumps(flat(args))), **more}
-        self.resume = plan_resume(args.run, self.values, marks_of(args))
+        self.plan = plan_resume(args.run, self.values, marks_of(args))
         make_run_dir(self.folder / "checkpoints")
         self.accumulation = args.data.effective_batch_size // (args.data.batch_size * self.world)
 
@@ -209,8 +215,7 @@ class Run:
         if self.is_main:
             data, epochs = self.args.data, "evaluation only"
             if length:
-                epochs = round(length.steps / length.steps_per_pass, 1) if length.steps_per_pass else "?"
-                epochs = f"{length.steps} steps, {epochs} epochs"
+                epochs = f"{length.steps} steps, {round(length.epochs, 1) if length.epochs else '?'} epochs"
             print(f"{what}; {self.world} process{'es' * (self.world > 1)} x {data.batch_size} images x "
                   f"{self.accumulation} = {data.effective_batch_size} images a step; {epochs}; "
                   f"{'fp32' if self.precision == 'no' else self.precision} on {self.device}; {self.folder}",
@@ -228,15 +233,21 @@ class Run:
             self.model, *optimizers = self.accelerator.prepare(model, *optimizers)
         return self.model, *optimizers
 
-    def load_checkpoint(self, length, model_config):
-        """Go on from the best checkpoint, if there is one; write config.json; say so. Raises UserError."""
+    def resume(self, length, model_config):
+        """Go on from the best checkpoint, if there is one: weights, optimizers, self.progress and self.memory. Writes
+        config.json, and says so. Raises UserError."""
         self.length = length
-        self.progress = load_checkpoint(self.accelerator, self.resume, self.folder, self.args.data.parts)
+        error = None
+        try:
+            self.progress = load_checkpoint(self.accelerator, self.plan, self.folder, self.args.data.parts)
+        except UserError as mistake:
+            error = mistake
+        raise_together(error)
         self.memory = self.progress.more
         if self.is_main:
-            changes = self.resume.changes(self.progress.step) if self.progress.path else ()
+            changes = self.plan.changes(self.progress.step) if self.progress.path else ()
             write_config(self.folder, self.values, model_config, changes)
-            report_resume(self.progress, self.resume, length.steps, self.folder)
+            report_resume(self.progress, self.plan, length.steps, self.folder)
 
     def stream(self, source, view):
         """This process's endless stream of batches, from where the checkpoint stands in the data. Raises UserError."""
@@ -261,25 +272,25 @@ class Run:
         self.write_model = write_model
         start_tracker(self.accelerator, self.project, self.args)
         unevaluated = self.progress.unevaluated
-        self.log = Log(self.accelerator, self.folder, start - bool(unevaluated), total)
+        self.log_file = Log(self.accelerator, self.folder, start - bool(unevaluated), total)
         self.peers = Peers(self.world, run.timeout + self.args.data.patience)
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped_steps = SkippedSteps(zero, zero, zero + self.progress.skipped_steps)
         self.interval, self.reported_streak = Interval(), 0
-        self.checkpoint_step, self.checkpoint_due = start, False
+        self.checkpoint_step, self.save_pending = start, False
         if unevaluated:
-            self.log.write({**unevaluated, **evaluate(unevaluated)})
+            self.log_file.write({**unevaluated, **evaluate(unevaluated)})
         for self.step in range(start, total):
             self.states_before = stream.state_dict()  # to go back to, should this step not be taken
             yield self.step
-            assert self.recorded == self.step, "the loop took no step: call run.update() in it"
+            assert self.recorded_step == self.step, "the loop took no step: call run.update() in it"
             self._after_step(self.step + 1, completes_passes(self.step + 1, total, self.length.steps_per_pass,
                                                              evaluate_every))  # fmt: skip
         self._close()
         if start >= total:
             self._complete(start)
 
-    def batches(self):
+    def micro_batches(self):
         """The micro-batches of one step, on the device, each when all processes have theirs: a tuple of what the view
         and the labels give. Raises Interruption."""
         stream, parts = self.batch_stream, self.args.data.parts // self.world  # parts that this process carries
@@ -305,8 +316,8 @@ class Run:
     @contextmanager
     def accumulate(self, model):
         """Around forward and backward of a micro-batch: processes join their gradients after the last one only."""
-        apart = nullcontext() if self.last_micro_batch else self.accelerator.no_sync(model)
-        with apart, attention_for(self.device, self.precision):
+        no_sync = nullcontext() if self.last_micro_batch else self.accelerator.no_sync(model)
+        with no_sync, attention_for(self.device, self.precision):
             yield
 
     def backward(self, loss):
@@ -314,36 +325,40 @@ class Run:
         so that the step is skipped."""
         self.accelerator.backward(loss * finite(loss) / self.accumulation)
 
-    def average(self, losses):
-        """Log these {name: tensor}, as the mean over micro-batches, steps and processes."""
+    def log(self, losses):
+        """For the next line of the log: {name: tensor} of a micro-batch, as the mean over micro-batches, steps and
+        processes; or numbers of the step, as they are."""
         for name, value in losses.items():
-            self.losses[name] = self.losses.get(name, 0.0) + value.detach() / self.accumulation
+            if isinstance(value, torch.Tensor):
+                value = self.values_of_step.get(name, 0.0) + value.detach() / self.accumulation
+            self.values_of_step[name] = value
 
-    def update(self, *optimizers, clip_grad=0.0, **numbers):
+    def update(self, *optimizers, clip_grad=0.0):
         """Clip the gradient's norm (0: not), optimizer.step(), optimizer.zero_grad(); a gradient that is not finite
-        changes nothing, and the step counts as skipped. `numbers` are logged as they are."""
+        changes nothing, and the step counts as skipped."""
         norm = self.accelerator.clip_grad_norm_(self.model.parameters(), clip_grad or math.inf)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of FSDP
         skipped = ~torch.isfinite(norm)
         for optimizer in optimizers:
             step_unless(skipped, optimizer, self.accelerator.scaler)
             optimizer.zero_grad(set_to_none=True)
-        losses, self.losses = self.losses, {}
-        self.record({**losses, "grad_norm": norm, **numbers}, skipped)
+        self.record({"grad_norm": norm}, skipped)
 
-    def record(self, values, skipped):
-        """One step was taken, or `skipped` (a boolean tensor). Of its values tensors are averaged over steps and
-        processes and logged, numbers logged as they are. update() does this by itself."""
-        self.skipped_steps.count(skipped)
-        self.interval.add(values, skipped)
-        self.recorded = self.step
+    def record(self, values, not_finite):
+        """The script took a step by itself, without update(): values of it, as log() takes them (tensors as the mean
+        over steps and processes), and whether it was `not_finite`, a boolean tensor on the device."""
+        assert self.recorded_step != self.step, "two updates in one step"
+        values, self.values_of_step = {**self.values_of_step, **values}, {}
+        self.skipped_steps.count(not_finite)
+        self.interval.add(values, not_finite)
+        self.recorded_step = self.step
 
     # ---------------------------------------------------------------------------------------------- between the steps
 
     def _after_step(self, done, evaluates):
         """Log, evaluate and write a checkpoint where it is time."""
         run, total = self.args.run, self.length.steps
-        self.log.bar.update()
+        self.log_file.bar.update()
         evaluates = evaluates and self.evaluate is not None
         writes = done == total or done % run.checkpoint_every == 0
         writes = writes or (run.milestone_every and done % run.milestone_every == 0)
@@ -352,53 +367,34 @@ class Run:
             return
         states = self.batch_stream.state_dict()
         streak = self._report(done, states, evaluates, shown=logs or done == total)
-        if writes or self.checkpoint_due:
-            self.checkpoint_due = bool(streak) or not self._save(done, states)  # ruined weights are not written
+        if writes or self.save_pending:
+            self.save_pending = bool(streak) or not self._save(done, states)  # ruined weights are not written
             for pause in growing_pauses(self.args.data.patience):
-                if not self.checkpoint_due or done < total or self.peers.any(self.peers.signal):
+                if not self.save_pending or done < total or self.peers.any(self.peers.signal):
                     break
                 time.sleep(pause)
-                self.checkpoint_due = not self._save(done, states)
-            if self.checkpoint_due and done == total:
+                self.save_pending = not self._save(done, states)
+            if self.save_pending and done == total:
                 raise RunError(f"the last checkpoint could not be written: make room in {self.folder}, and start again")
 
     def _report(self, step, states, evaluates, shown):
         """One line of the log; the number of skipped steps that it ends with. Here and in _save the host waits for the
         device."""
-        run, interval, stream, skipped = self.args.run, self.interval, self.batch_stream, self.skipped_steps
-        counts = [stream.skipped, len(stream.skipped_names)]
-        means = torch.cat([(value / interval.good).flatten() for value in interval.sums.values()])
-        means = torch.cat([means / self.world, torch.tensor(counts, dtype=means.dtype, device=self.device)])
-        *means, unusable, unreported = self.accelerator.reduce(means, "sum").tolist()
-        means = {name: [means.pop(0) for _ in range(value.numel())] for name, value in interval.sums.items()}
-        means = {name: value if interval.sums[name].ndim else value[0] for name, value in means.items()}
-        seen = torch.tensor([state["seen"] for state in states.values()], device=self.device)
-        counts = torch.stack([skipped.streak, skipped.longest, skipped.all])
-        gathered = self.accelerator.gather(torch.cat([counts, seen])[None])  # (world, 3 + parts of each)
-        streak, longest, all_skipped = gathered[:, :3].amax(dim=0).tolist()
-        skipped.longest = torch.full_like(skipped.longest, streak)
-        scaled = self.accelerator.scaler is not None  # fp16's scaler skips steps in health
-        if longest >= run.max_bad_steps or (step == self.length.steps and streak and not scaled):
-            last = next(reversed(checkpoints(self.folder)), None)
-            raise RunError(
-                f"loss or gradient was not finite in {longest} steps in a row, up to step {step}; the last good "
-                f"checkpoint is {last or 'none: none was written yet'}"
-            )
-        names = self.gather(stream.skipped_names) if unreported else []
-        stream.reported()
+        interval, effective = self.interval, self.args.data.effective_batch_size
+        means, unusable, names = self._means()
+        streak, all_skipped, seen = self._count_skipped(step, states)
         seconds, steps_per_pass = time.perf_counter() - interval.began, self.length.steps_per_pass
         line = {
             "step": step,
             "epoch": round(step / steps_per_pass, 4) if steps_per_pass else None,
             **means,
             **interval.numbers,
-            "images": step * self.args.data.effective_batch_size,
-            "images_per_second": round(interval.steps * self.args.data.effective_batch_size / seconds, 1),
+            "images": step * effective,
+            "images_per_second": round(interval.steps * effective / seconds, 1),
             "data_wait": round(interval.waited / seconds, 4),
-            "skipped": round(unusable),
+            "skipped": unusable,
             "bad_steps": all_skipped,
-            # a fingerprint of all images so far, in their order: equal for runs that have seen the same
-            "seen": f"{seed_of(*gathered[:, 3:].T.flatten().tolist()):016x}",
+            "seen": seen,
             **({"skipped_files": names} if names else {}),
         }
         if evaluates:
@@ -407,16 +403,49 @@ class Run:
             except (UserError, RunError):  # images to evaluate on that cannot be had: a resumed run tries them again
                 self._save(step, states, unjudged=line)
                 raise
-        self.log.write(line, shown)
-        self.interval = Interval()
-        self.reported_streak = 0 if scaled else streak
-        return self.reported_streak
+        self.log_file.write(line, shown)
+        self.interval, self.reported_streak = Interval(), streak
+        return streak
+
+    def _means(self):
+        """{name: mean over steps and processes} of the interval; the number of files of all processes that could not be
+        used, and the names of those that have not been reported yet."""
+        stream, sums = self.batch_stream, self.interval.sums
+        counts = [stream.skipped, len(stream.skipped_names)]
+        flat_means = torch.cat([(value / self.interval.good).flatten() for value in sums.values()]) / self.world
+        counts = torch.tensor(counts, dtype=flat_means.dtype, device=self.device)
+        *numbers, unusable, unreported = self.accelerator.reduce(torch.cat([flat_means, counts]), "sum").tolist()
+        means = {}
+        for name, value in sums.items():
+            values, numbers = numbers[: value.numel()], numbers[value.numel() :]
+            means[name] = values if value.ndim else values[0]
+        names = self.gather(stream.skipped_names) if unreported else []
+        stream.reported()
+        return means, round(unusable), names
+
+    def _count_skipped(self, step, states):
+        """The number of steps skipped in a row up to this one, and of all; and a fingerprint of all images so far in
+        their order, equal for runs that have seen the same. Raises RunError for too many in a row."""
+        skipped = self.skipped_steps
+        counts = torch.stack([skipped.streak, skipped.longest, skipped.total])
+        seen = torch.tensor([state["seen"] for state in states.values()], device=self.device)
+        gathered = self.accelerator.gather(torch.cat([counts, seen])[None])  # (world, 3 + parts of each)
+        streak, longest, total = gathered[:, :3].amax(dim=0).tolist()
+        skipped.longest = torch.full_like(skipped.longest, streak)
+        in_health = self.accelerator.scaler is not None  # fp16's scaler skips steps in health
+        if longest >= self.args.run.max_bad_steps or (step == self.length.steps and streak and not in_health):
+            last = next(reversed(checkpoints(self.folder)), None)
+            raise RunError(
+                f"loss or gradient was not finite in {longest} steps in a row, up to step {step}; the last good "
+                f"checkpoint is {last or 'none: none was written yet'}"
+            )
+        return 0 if in_health else streak, total, f"{seed_of(*gathered[:, 3:].T.flatten().tolist()):016x}"
 
     def _save(self, step, states, **more):
         """Write a checkpoint; False if that was not possible, which is reported."""
-        self.log.sync()
+        self.log_file.sync()
         write = self._model_writer(step)
-        trainer = {"bad_steps": self.skipped_steps.all.item(), **self.memory, **more}
+        trainer = {**self.memory, "bad_steps": self.skipped_steps.total.item(), **more}
         problem = save_checkpoint(self.accelerator, self.args.run, step, states, trainer, write)
         self.interval.began = time.perf_counter()
         if problem is None:
@@ -453,8 +482,8 @@ class Run:
         if self.checkpoint_step != step and not streak:
             self._save(step, states)
         self._close()
-        mine = [self.peers.signal, trouble and (isinstance(trouble, UserError), first_line(trouble))]
-        signals, troubles = zip(*self.gather([mine]), strict=True)
+        ours = [self.peers.signal, trouble and (isinstance(trouble, UserError), first_line(trouble))]
+        signals, troubles = zip(*self.gather([ours]), strict=True)
         first = next((t for t in troubles if t), None)
         last = next(reversed(checkpoints(self.folder)), None)
         command = "the same command" if run.resume == "auto" else "the same command with --resume auto"

@@ -214,7 +214,7 @@ class ChunkReader:
         self.images = max(1, (source.num_images or 1000) // parts)  # of this part, in a pass
         options = dict(batch_size=None, prefetch_factor=2 if data.workers else None, worker_init_fn=ignore_signals)
         if source.streaming:
-            readers = readers or most_readers(source, data.workers, parts)
+            readers = readers or num_readers(source, data.workers, parts)
             shuffling = (data.shuffle_window, data.interleave) if seed is not None else (data.batch_size, 1)
             chunks = [ShardChunks(source, view, data.batch_size, seed or 0, part, parts, reader, readers, *shuffling)
                       for reader in range(readers)]  # fmt: skip
@@ -266,7 +266,7 @@ class ChunkReader:
         return chunk
 
 
-def most_readers(source, workers, parts):
+def num_readers(source, workers, parts):
     """Loading processes for one part of a stream: one without a shard would idle, so there are never more of them than
     the poorest part has shards."""
     return max(1, min(workers, source.data.num_shards // parts))
@@ -302,7 +302,7 @@ class Part:
         self.layout |= {"shards": source.data.num_shards} if source.streaming else {"images": source.num_images}
         readers = None
         if source.streaming:
-            readers = self.layout["workers"] = old.get("workers", most_readers(source, data.workers, parts))
+            readers = self.layout["workers"] = old.get("workers", num_readers(source, data.workers, parts))
             if part == 0 and readers != data.workers and data.workers:
                 why = "as the run began" if old else f"shards: {source.data.num_shards}, processes: {parts}"
                 print(f"{why}; loading workers of each process: {readers} instead of {data.workers}", file=sys.stderr)
@@ -382,11 +382,11 @@ class Stream:
         parts = data.parts or world
         self.parts = {part: Part(source, view, data, seed, part, parts, states.get(part), first_pass)
                       for part in range(rank, parts, world)}  # fmt: skip
-        self.turns = itertools.cycle(self.parts)
+        self.part_cycle = itertools.cycle(self.parts)
         self.part = None
 
     def __next__(self):
-        self.part = next(self.turns)
+        self.part = next(self.part_cycle)
         return next(self.parts[self.part])
 
     def state_dict(self):

@@ -3,14 +3,14 @@
 import json
 import math
 
-import bench
 import pytest
 import torch
 from launch import launch, succeeded
 
+from bench import baseline
 from cae import CAEConfig
 
-TINY = ["tests/bench.py", "--size", "nano", "--batch-size", "2", "--images", "3", "--repeats", "1", "--seconds", "0"]
+TINY = ["bench/bench.py", "--size", "nano", "--batch-size", "2", "--images", "3", "--repeats", "1", "--seconds", "0"]
 ROWS = {"masks", "decode", "transform", "data", "data-released", "teacher", "encoder", "regressor", "optimizer", "step",
         "train"}  # fmt: skip
 CAE_ROWS = ("encoder", "regressor", "alignment", "step")
@@ -63,6 +63,6 @@ def test_every_row_is_reported(method):
 
 
 def test_a_baseline_that_computes_something_else_is_refused(monkeypatch):
-    monkeypatch.setattr(bench.nn, "GELU", lambda: torch.nn.functional.silu)
+    monkeypatch.setattr(baseline.nn, "GELU", lambda: torch.nn.functional.silu)
     with pytest.raises(AssertionError, match=r"the baseline is off by .* in cae-v2"):
-        bench.check_equal()
+        baseline.check_equal()

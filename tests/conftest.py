@@ -18,7 +18,8 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 
-import train  # noqa: E402
+import engine.arguments  # noqa: E402
+import engine.run  # noqa: E402
 
 
 @pytest.fixture
@@ -44,5 +45,6 @@ def graphs(monkeypatch):
 def one_core():
     """Training in this process leaves the other core to other tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "cores_per_process", lambda: 1)
+        for module in (engine.arguments, engine.run):
+            patch.setattr(module, "cores_per_process", lambda: 1)
         yield

@@ -28,10 +28,10 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from engine.checkpoints import checkpoints, damage  # noqa: E402
+
 from launch import command_of, environment_of, launch, log_of, succeeded  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-
-from train import checkpoints, damage  # noqa: E402
 
 EQUAL = ("step", "epoch", "loss", "loss_cls", "loss_visible", "loss_masked", "grad_norm", "lr", "images", "skipped",
          "bad_steps", "seen")  # fmt: skip

@@ -17,8 +17,10 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.checkpoints import whole_weights
+
 from cae import CAE, CAEConfig, block_mask
-from train import parameter_groups, whole_weights
+from train import parameter_groups
 
 
 def take_steps(model, batches, rank=0, world=1):

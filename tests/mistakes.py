@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*_cache", "docs")
+NOT_COPIED = shutil.ignore_patterns(".git", ".venv", "runs", "__pycache__", "*_cache")
 TIMEOUT = 600  # seconds
 
 

@@ -1,8 +1,10 @@
-"""Tests of cae.py: against golden values of the released implementation (tests/golden, see its metadata), and against
-slow, written-out formulas in this file. No expected number here was produced by cae.py itself."""
+"""Tests of cae.py, and of what convert.py reads and what it makes for BEiT: against golden values of the released
+implementation (tests/golden, see its metadata), and against slow, written-out formulas in this file. No expected number
+here was produced by cae.py itself."""
 
 import argparse
 import collections
+import copy
 import dataclasses
 import functools
 import json
@@ -14,11 +16,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cae
-from cae import CAE, CAEConfig, block_mask, load_official, random_mask, to_beit
+import convert
+from cae import CAE, CAEConfig, block_mask, random_mask
+from convert import load_official, to_beit
 
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = ["cae_v1", "cae_v2", "cae_v2_narrow"]
@@ -132,7 +137,7 @@ def refuse(*args, **kwargs):
 def test_golden_configuration_is_read_from_the_tensors(name, caplog):
     config = dict(golden(name)[1])
     config.pop("num_masked")
-    with caplog.at_level(logging.WARNING, logger="cae"):
+    with caplog.at_level(logging.WARNING, logger="convert"):
         model = load_golden(name)
     actual = dataclasses.asdict(model.config)
     assert {k: actual[k] for k in config} == config
@@ -149,10 +154,10 @@ def test_golden_outputs(name):
     z_masked = model.regressor(z_visible[:, 1:], visible, masked, grid)
     close(z_masked, tensors["latent_predict"], 1e-5)
     if config["method"] == "cae":
-        close(model.objective.decode(z_masked, masked, grid), tensors["logits"], 1e-5)
+        close(model.decoder(z_masked, masked, grid), tensors["logits"], 1e-5)
         close(model.alignment_target(images, masked), tensors["latent_target"], 1e-5)
     else:
-        close(model.objective.predict(torch.cat([z_visible, z_masked], dim=1)), tensors["prediction"], 1e-5)
+        close(model.head(torch.cat([z_visible, z_masked], dim=1)), tensors["prediction"], 1e-5)
     close(model.encode(images), tensors["encoder_full"], 1e-5)
     losses = model(images, visible, masked, target)
     assert losses.keys() == {k for k in tensors if k.startswith("loss")}
@@ -168,7 +173,7 @@ def test_golden_gradients(name):
     model(images, visible, masked, target)["loss"].backward()
     close_relative(images.grad, tensors["grad.images"], 1e-4)
     gradients = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
-    ours = {cae.released_name(n): n for n in model.state_dict()}
+    ours = {convert.released_name(n): n for n in model.state_dict()}
     norms = {ours[k[10:]]: v for k, v in tensors.items() if k.startswith("grad_norm.")}
     without_norm = {n for n in gradients if n.endswith("norm_k.bias")}  # its gradient is rounding noise
     assert norms.keys() == gradients.keys() - without_norm
@@ -273,13 +278,13 @@ def test_load_encoder_only(name, caplog):
     """LW-DETR's files: {"model": {"encoder.*"}}. The encoder is whole; the rest is new, and the log says so."""
     tensors, _ = golden(name)
     weights = {"model": {k: v for k, v in released(name).items() if k.startswith("encoder.")}}
-    with caplog.at_level(logging.WARNING, logger="cae"):
+    with caplog.at_level(logging.WARNING, logger="convert"):
         model = load_official(weights)  # heads too have to be assumed
     assert f"heads={model.config.heads}" in caplog.text
     caplog.clear()
-    with caplog.at_level(logging.WARNING, logger="cae"):
+    with caplog.at_level(logging.WARNING, logger="convert"):
         model = load_official(weights, heads=4, method="cae-v2")
-    assert "regressor and objective" in caplog.text and "freshly initialised" in caplog.text
+    assert "regressor and head" in caplog.text and "freshly initialised" in caplog.text
     assert "assumed" not in caplog.text and "class token" not in caplog.text
     close(model.encode(tensors["images"]), tensors["encoder_full"], 1e-5)
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -289,9 +294,9 @@ def test_load_encoder_with_fewer_blocks_and_no_positions(caplog):
     tensors, _ = golden("cae_v2")
     weights = {k: v for k, v in released("cae_v2").items() if k.startswith("encoder.") and "blocks.1" not in k}
     del weights["encoder.pos_embed"]
-    with caplog.at_level(logging.WARNING, logger="cae"):
+    with caplog.at_level(logging.WARNING, logger="convert"):
         model = load_official({"model": weights}, heads=4)
-    assert "image_size=" in caplog.text and "regressor and objective" in caplog.text
+    assert "image_size=" in caplog.text and "regressor and head" in caplog.text
     assert model.config.depth == 1
     whole = load_golden("cae_v2")
     whole.encoder.blocks = whole.encoder.blocks[:1]
@@ -301,7 +306,7 @@ def test_load_encoder_with_fewer_blocks_and_no_positions(caplog):
 def test_load_encoder_without_class_token_and_norm(caplog):
     weights = {k: v for k, v in released("cae_v2").items() if k.startswith("encoder.")}
     weights = {k: v for k, v in weights.items() if not k.startswith(("encoder.cls_token", "encoder.norm."))}
-    with caplog.at_level(logging.WARNING, logger="cae"):
+    with caplog.at_level(logging.WARNING, logger="convert"):
         model = load_official(weights, heads=4)
     assert "class token and final LayerNorm" in caplog.text and "freshly initialised" in caplog.text
     whole = load_golden("cae_v2").encoder.state_dict()
@@ -320,7 +325,7 @@ def test_load_assumes_heads_by_the_table_and_says_so(dim, regressor_dim, heads, 
     shapes = {k: [scaled.get(s, s) for s in v.shape] for k, v in released("cae_v2_narrow").items()}
     weights = {k: torch.zeros(1).expand(shape) for k, shape in shapes.items()}
     weights["encoder.patch_embed.proj.weight"] = torch.zeros(1).expand(d, 3, 16, 16)
-    with caplog.at_level(logging.WARNING, logger="cae"):
+    with caplog.at_level(logging.WARNING, logger="convert"):
         config = load_official(weights).config
     assert (config.dim, config.regressor_dim, config.image_size, config.patch_size) == (d, r, 224, 16)
     assert (config.heads, config.regressor_heads, config.target_dim) == (heads, regressor_heads, 512)
@@ -331,7 +336,7 @@ def config_read(monkeypatch, weights):
     """The configuration that load_official finds, without a model of it."""
     found = []
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(cae, "CAE", lambda config: found.append(config) or 1 / 0)
+        patch.setattr(convert, "CAE", lambda config: found.append(config) or 1 / 0)
         load_official(weights)
     return found[0]
 
@@ -380,7 +385,7 @@ def test_load_from_the_hub(tmp_path, monkeypatch):
         asked.append((repo_id, filename))
         return str(path)
 
-    monkeypatch.setattr(cae, "hf_hub_download", fake_hf_hub_download)
+    monkeypatch.setattr(convert, "hf_hub_download", fake_hf_hub_download)
     model = load_golden("cae_v2", "xbsu/LW-DETR::pretrain_weights/caev2_tiny.pth")
     assert asked == [("xbsu/LW-DETR", "pretrain_weights/caev2_tiny.pth")]
     assert_same_weights(model, load_golden("cae_v2"))
@@ -731,13 +736,13 @@ def reference_block(x, p, name, heads):
     return x + p[f"{name}.scale2"] * mlp(norm(x, p, f"{name}.norm2"), p, f"{name}.mlp")
 
 
-def reference_latents(p, config, images, keep):
-    """Encoder, then the projection where R != D; keep is boolean (B, N)."""
+def reference_latents(p, config, images, chosen):
+    """Encoder, then the projection where R != D; chosen patches, boolean (B, N)."""
     size, dim = config.patch_size, config.dim
     weight = p["encoder.patch_embed.weight"].view(dim, 3, size, size)
     x = F.conv2d(images, weight, p["encoder.patch_embed.bias"], stride=size)
     x = x.flatten(2).transpose(1, 2) + reference_positions(*x.shape[2:], dim)
-    x = x[keep].view(len(images), -1, dim)
+    x = x[chosen].view(len(images), -1, dim)
     x = torch.cat([p["encoder.class_token"].expand(len(images), 1, dim), x], dim=1)
     for i in range(config.depth):
         x = reference_block(x, p, f"encoder.blocks.{i}", config.heads)
@@ -774,7 +779,7 @@ def reference_losses(p, config, images, hidden, target, positions):
         distance = {}
         clip = {"cls": target[:, :1], "visible": target[:, 1:][~hidden], "masked": target[:, 1:][hidden]}
         for part, z in (("cls", z_visible[:, :1]), ("visible", z_visible[:, 1:]), ("masked", z_masked)):
-            y = linear(norm(z, p, "objective.norm"), p, "objective.head")
+            y = linear(norm(z, p, "head.norm"), p, "head.linear")
             t = clip[part].reshape(y.shape)
             cosine = (y * t).sum(-1) / ((y**2).sum(-1).sqrt() * (t**2).sum(-1).sqrt())
             distance[part] = 1 - cosine
@@ -784,8 +789,8 @@ def reference_losses(p, config, images, hidden, target, positions):
         return {"loss": torch.cat([distance[part] for part in counted], dim=1).mean(), **losses}
     x = z_masked + positions.expand(batch, -1, -1)[hidden].view(batch, -1, width)
     for i in range(config.decoder_depth):
-        x = reference_block(x, p, f"objective.blocks.{i}", config.regressor_heads)
-    x = linear(norm(x, p, "objective.norm"), p, "objective.head")
+        x = reference_block(x, p, f"decoder.blocks.{i}", config.regressor_heads)
+    x = linear(norm(x, p, "decoder.norm"), p, "decoder.head")
     if target.dtype == torch.int64:
         log_probability = x - x.exp().sum(-1, keepdim=True).log()
         reconstruct = -log_probability.gather(-1, target[hidden].view(batch, -1, 1)).mean()
@@ -839,10 +844,10 @@ def test_latents_and_regressor_against_the_formulas(method, regressor_dim, size)
     close_relative(images.grad, twin.grad, 1e-10)
     compared = 0
     for name, parameter in model.named_parameters():
-        if not name.startswith("objective.") and not name.endswith("norm_k.bias"):  # (rounding noise)
+        if not name.startswith(("decoder.", "head.")) and not name.endswith("norm_k.bias"):  # (rounding noise)
             close_relative(parameter.grad, p[name].grad, 1e-10)
             compared += 1
-    assert compared == sum(not n.startswith("objective.") for n in p) - config.regressor_depth
+    assert compared == sum(not n.startswith(("decoder.", "head.")) for n in p) - config.regressor_depth
 
 
 @SIZES_TRIED
@@ -931,7 +936,7 @@ def test_supervision_settings_agree():
 def test_head_gets_only_supervised_tokens(supervise, tokens):
     model = small_model(supervise=supervise)
     seen = []
-    model.objective.head.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
+    model.head.linear.register_forward_hook(lambda module, args, output: seen.append(tuple(args[0].shape)))
     model(*small_batch(model.config, num_masked=6))
     assert seen == [(2, tokens, 8)]
 
@@ -958,9 +963,8 @@ def test_v1_without_alignment_computes_no_target():
 
 def test_v1_without_reconstruction_runs_no_decoder():
     model = small_model(method="cae", decoder_depth=1, reconstruct_weight=0.0)
-    for part in (model.objective.norm, model.objective.head, *model.objective.blocks):
+    for part in (model.decoder, model.decoder.norm, model.decoder.head, *model.decoder.blocks):
         part.forward = refuse
-    model.objective.decode = refuse
     losses = model(*small_batch(model.config))
     assert losses.keys() == {"loss", "loss_align"}
     losses["loss"].backward()
@@ -968,11 +972,11 @@ def test_v1_without_reconstruction_runs_no_decoder():
 
 def test_v1_without_decoder_blocks():
     model = small_model(method="cae", decoder_depth=0)
-    assert len(model.objective.blocks) == 0
+    assert len(model.decoder.blocks) == 0
     z, index = torch.randn(2, 3, 8), torch.tensor([[0, 5, 15], [1, 2, 3]])
     table = reference_positions(4, 4, 8).float()
-    expected = model.objective.head(model.objective.norm(z + table[index]))
-    close(model.objective.decode(z, index, (4, 4)), expected, 1e-5)
+    expected = model.decoder.head(model.decoder.norm(z + table[index]))
+    close(model.decoder(z, index, (4, 4)), expected, 1e-5)
 
 
 def test_target_type_selects_the_loss():
@@ -980,7 +984,7 @@ def test_target_type_selects_the_loss():
     model = small_model(method="cae", decoder_depth=1, target_dim=12, align_weight=0.0)
     images, visible, masked, codes = small_batch(model.config)
     z = model.latents(images, visible)
-    prediction = model.objective.decode(model.regressor(z[:, 1:], visible, masked, (4, 4)), masked, (4, 4))
+    prediction = model.decoder(model.regressor(z[:, 1:], visible, masked, (4, 4)), masked, (4, 4))
     pixels = torch.randn(2, 16, 12)
     expected = 0.0
     for b in range(2):
@@ -1032,7 +1036,7 @@ def test_every_trainable_parameter_gets_a_gradient(fields):
     if model.config.method == "cae-v2" and model.config.supervise == "visible":
         expected = {n for n, _ in model.named_parameters() if n.startswith("regressor.")}
     elif model.config.method == "cae" and model.config.reconstruct_weight == 0:
-        expected = {n for n, _ in model.named_parameters() if n.startswith("objective.")}
+        expected = {n for n, _ in model.named_parameters() if n.startswith("decoder.")}
     assert frozen == expected
     without = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert {n for n in without & trainable if not n.endswith("norm_k.bias")} == set()
@@ -1184,7 +1188,62 @@ def test_load_of_an_imported_model(tmp_path):
     assert_same_weights(CAE.from_pretrained(str(tmp_path)), model)
 
 
-@pytest.mark.parametrize("key", ["regressor.mask_token", "encoder.blocks.1.scale2", "objective.head.bias"])
+def under_former_names(model):
+    """The state dict of a model as it was when decoder and head were both called "objective"."""
+    renamed = {"head.norm": "objective.norm", "head.linear": "objective.head", "decoder": "objective"}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        start = next((start for start in renamed if name.startswith(f"{start}.")), None)
+        state[name if start is None else renamed[start] + name.removeprefix(start)] = tensor.clone()
+    return state
+
+
+@EVERY_SETTING
+def test_former_names(fields, tmp_path):
+    """Of a state dict, a model/ folder, a checkpoint of Accelerate, and of a model that is part of another."""
+    model = small_model(**fields)
+    former = under_former_names(model)
+    assert [cae.former_name(name) for name in model.state_dict()] == list(former)
+    assert any(name.startswith("objective.") for name in former)
+    assert not any(name.startswith(("decoder.", "head.")) for name in former)
+    names = list(former)
+    loaded = CAE(model.config)
+    loaded.load_state_dict(former)
+    assert_same_weights(loaded, model)
+    assert list(former) == names  # the caller's dict is left alone
+    nested = torch.nn.ModuleDict({"module": CAE(model.config)})
+    nested.load_state_dict({f"module.{name}": tensor for name, tensor in former.items()})
+    assert_same_weights(nested["module"], model)
+    twin = copy.deepcopy(CAE(model.config))
+    twin.load_state_dict(former)
+    assert_same_weights(twin, model)
+
+    model.save_pretrained(tmp_path / "model")
+    save_file(former, tmp_path / "model" / "model.safetensors")
+    assert_same_weights(CAE.from_pretrained(tmp_path / "model"), model)
+
+    accelerator = Accelerator(cpu=True)
+    resumed = accelerator.prepare(CAE(model.config))
+    accelerator.save_state(tmp_path / "checkpoint")
+    save_file(former, tmp_path / "checkpoint" / "model.safetensors")
+    accelerator.load_state(tmp_path / "checkpoint")
+    assert_same_weights(accelerator.unwrap_model(resumed), model)
+
+
+@pytest.mark.parametrize("fields", [dict(method="cae-v2"), dict(method="cae", decoder_depth=1)], ids=["v2", "v1"])
+def test_former_names_of_another_model(fields):
+    """They are no way around the check that every tensor is there and none is left."""
+    model = small_model(**fields)
+    former = under_former_names(model)
+    bias = former.pop("objective.head.bias")
+    with pytest.raises(RuntimeError, match=r"Missing.*(decoder\.head|head\.linear)\.bias"):
+        model.load_state_dict(former)
+    former |= {"objective.head.bias": bias, "objective.blocks.7.scale1": torch.zeros(8)}
+    with pytest.raises(RuntimeError, match=r"Unexpected.*objective\.blocks\.7\.scale1"):
+        model.load_state_dict(former)
+
+
+@pytest.mark.parametrize("key", ["regressor.mask_token", "encoder.blocks.1.scale2", "head.linear.bias"])
 def test_load_of_a_file_that_lacks_a_tensor(key, tmp_path):
     small_model().save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -1300,7 +1359,7 @@ def test_initialisation(method):
             assert (p == 0).all()
         elif "scale" in name:
             assert torch.equal(p, torch.full_like(p, 0.1))
-        elif name in ("objective.head.weight", "to_regressor.0.weight"):
+        elif name in ("decoder.head.weight", "head.linear.weight", "to_regressor.0.weight"):
             assert_uniform(p, math.sqrt(6 / sum(p.shape)))
         else:  # xavier: sqrt(6 / (fan in + fan out)); q, k and v of a self-attention are one matrix
             assert_uniform(p, math.sqrt(6 / (sum(fans[layer]) * width)))
@@ -1331,12 +1390,12 @@ def test_keys_have_no_bias():
 def test_drop_path_zeroes_whole_images_and_keeps_the_mean(rate):
     torch.manual_seed(0)
     n = 20_000
-    out = cae.drop_path(torch.ones(n, 2, 3), rate)
+    out = cae.stochastic_depth(torch.ones(n, 2, 3), rate)
     kept = out[:, 0, 0] != 0
     assert torch.equal(out, torch.where(kept, 1 / (1 - rate), 0.0)[:, None, None].expand_as(out))
     assert abs(kept.float().mean().item() - (1 - rate)) < 5 * math.sqrt(rate * (1 - rate) / n)
     x = torch.randn(4, 2, 3)
-    assert torch.equal(cae.drop_path(x, 0), x)
+    assert torch.equal(cae.stochastic_depth(x, 0), x)
 
 
 def test_both_branches_of_a_block_are_dropped_independently():
@@ -1359,7 +1418,7 @@ def test_stochastic_depth_rises_linearly_from_zero():
     for blocks, rates in (
         (model.encoder.blocks, [0.0, 0.1, 0.2, 0.3, 0.4]),
         (model.regressor.blocks, [0.0, 0.2, 0.4]),
-        (model.objective.blocks, [0.0, 0.4]),
+        (model.decoder.blocks, [0.0, 0.4]),
     ):
         assert [block.drop_path for block in blocks] == pytest.approx(rates)
     single = CAE(small_config(depth=1, regressor_depth=1, drop_path=0.4))
@@ -1375,9 +1434,8 @@ def test_stochastic_depth_acts_in_train_mode_only(method):
         return {model(*batch)["loss"].item() for _ in range(8)}
 
     assert len(results()) > 1
-    for part in (model.encoder, model.regressor, model.objective):  # each part by itself, the others in eval mode
-        if part is model.objective and method == "cae-v2":
-            continue  # no blocks
+    parts = [model.encoder, model.regressor] + ([model.decoder] if method == "cae" else [])  # v2's head has no blocks
+    for part in parts:  # each by itself, the others in eval mode
         model.eval()
         part.train()
         assert len(results()) > 1

@@ -2,6 +2,14 @@
 meets a tensor of another device, or where a value is asked for, which would let the host wait for the device, they
 raise. Every forward is run so; backward cannot be, which needs a real device."""
 
+import engine.evaluation
+import engine.run
+from engine.arguments import DEMO, parse
+from engine.evaluation import accuracy, hits, knn, nearest, votes
+from engine.frozen import CLIP_MEAN, load_frozen
+from engine.images import normalize, per_channel, to_device
+from engine.run import Interval, Run, SkippedSteps, finite
+
 import math
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -14,18 +22,19 @@ from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 import finetune
 import probe
 import train
-from cae import CAE, CAEConfig, to_beit
+from cae import CAE, IMAGENET_MEAN, IMAGENET_STD, CAEConfig
+from convert import to_beit
 
 CUDA = torch.device("cuda", 0)
-CLIP = str(train.DEMO / "clip_teacher")  # 7 x 7 patches of 32, 64 wide
+CLIP = str(DEMO / "clip_teacher")  # 7 x 7 patches of 32, 64 wide
 
 
 @pytest.fixture(autouse=True)
 def no_constant_of_another_test():
     """What per_channel keeps would be a tensor without values in one test, and with values in the next."""
-    train.per_channel.cache_clear()
+    per_channel.cache_clear()
     yield
-    train.per_channel.cache_clear()
+    per_channel.cache_clear()
 
 
 def moved(module):
@@ -88,9 +97,9 @@ def test_the_losses_of_a_step(fields):
             codes, floats = classes(2, n), torch.rand(2, n, 8192, device=CUDA)
             targets = [torch.rand(2, 1 + n, 64, device=CUDA)] if model.config.method == "cae-v2" else [codes, floats]
             for target in targets:
-                x = train.normalize(pixels, train.IMAGENET_MEAN, train.IMAGENET_STD)
+                x = normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)
                 losses = model(x, classes(2, n - masked), classes(2, masked), target)
-                on_cuda(*losses.values(), losses["loss"] * train.finite(losses["loss"]) / 2)
+                on_cuda(*losses.values(), losses["loss"] * finite(losses["loss"]) / 2)
 
 
 @pytest.mark.parametrize("size", [(28, 28), (20, 36), (56, 56)])
@@ -104,7 +113,7 @@ def test_encode_at_any_size(size):
 @pytest.mark.parametrize(("dtype", "patch"), [(torch.float32, 4), (torch.bfloat16, 4), (torch.bfloat16, 7)])
 def test_clip_teacher(dtype, patch):
     """The demo's own grid, and a foreign one."""
-    teacher = train.CLIPTeacher(CLIP, patch).eval().to(dtype)
+    teacher = train.CLIPTeacher(train.TargetArgs(teacher=CLIP), patch).eval().to(dtype)
     with FakeTensorMode():
         assert on_cuda(moved(teacher)(images())).shape == (2, 1 + (28 // patch) ** 2, 64)
 
@@ -113,15 +122,16 @@ def test_clip_teacher(dtype, patch):
 def test_dalle_teacher(tmp_path, dtype):
     config = FlavaImageCodebookConfig(hidden_size=8, vocab_size=50, num_blocks_per_group=1)
     FlavaImageCodebook(config).save_pretrained(tmp_path)
-    teacher = train.DALLETeacher(str(tmp_path), 4).eval().to(dtype)
+    teacher = train.DALLETeacher(train.TargetArgs(teacher=str(tmp_path)), 4).eval().to(dtype)
     with FakeTensorMode():
         assert on_cuda(moved(teacher)(images())).shape == (2, 49)
 
 
 @pytest.mark.parametrize("normal", [False, True])
 def test_pixel_teacher(normal):
+    teacher = train.PixelTeacher(train.TargetArgs(normalize_pixels=normal), 4)
     with FakeTensorMode():
-        assert on_cuda(moved(train.PixelTeacher(4, normal))(images())).shape == (2, 49, 48)
+        assert on_cuda(moved(teacher)(images())).shape == (2, 49, 48)
 
 
 def test_pixels_are_brought_to_the_device_once(monkeypatch):
@@ -129,17 +139,17 @@ def test_pixels_are_brought_to_the_device_once(monkeypatch):
     pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.device.type) or tensor)
     with FakeTensorMode():
-        on_cuda(finetune.look(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), CUDA))
+        on_cuda(finetune.to_input(to_device(torch.zeros(2, 3, 28, 28, dtype=torch.uint8), CUDA)))
         assert pinned == ["cpu"]
-        on_cuda(train.to_device(images(), CUDA))
-        assert train.to_device(torch.zeros(3), torch.device("cpu")).device.type == "cpu"
+        on_cuda(to_device(images(), CUDA))
+        assert to_device(torch.zeros(3), torch.device("cpu")).device.type == "cpu"
     assert pinned == ["cpu"]
 
 
 def test_the_constants_of_each_device_are_made_once():
     with FakeTensorMode():
-        first, second = (train.per_channel(train.CLIP_MEAN, CUDA) for _ in range(2))
-        assert on_cuda(first) is second and train.per_channel(train.CLIP_MEAN, torch.device("cpu")) is not first
+        first, second = (per_channel(CLIP_MEAN, CUDA) for _ in range(2))
+        assert on_cuda(first) is second and per_channel(CLIP_MEAN, torch.device("cpu")) is not first
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -155,17 +165,17 @@ def test_fine_tuning(pooling, bias):
         logits = on_cuda(moved(model)(x).logits.float())
         for labels in (classes(2), torch.rand(2, 2, device=CUDA)):
             loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
-            on_cuda(loss * train.finite(loss))
-        on_cuda(train.hits(model.eval()(x).logits, classes(2)))
+            on_cuda(loss * finite(loss))
+        on_cuda(hits(model.eval()(x).logits, classes(2)))
 
 
 def frozen(kind, folder):
     if kind == "cae":
         return probe.of_cae(CAE(CAEConfig.from_size("nano")))
     if kind == "clip":
-        return probe.of_transformers(CLIP, {"model_type": "clip_vision_model"})
+        return load_frozen(CLIP, "--checkpoint")
     to_beit(CAE(CAEConfig.from_size("nano"))).save_pretrained(folder)
-    return probe.of_transformers(str(folder), {"model_type": "beit"})
+    return load_frozen(str(folder), "--checkpoint")
 
 
 @pytest.mark.parametrize("kind", ["cae", "beit", "clip"])
@@ -194,7 +204,7 @@ def test_heads_and_their_step(kind):
         moved(heads)
         features = torch.rand(5, 2 if kind == "linear" else 49, 96, device=CUDA)
         loss = torch.nn.functional.cross_entropy(on_cuda(heads(features)).flatten(0, 1), classes(5 * len(heads)))
-        on_cuda(loss, *heads.buffers(), train.hits(heads.eval()(features), classes(5)))
+        on_cuda(loss, *heads.buffers(), hits(heads.eval()(features), classes(5)))
         optimizer = probe.LARS(heads.parameters(), 0.1, weight_decay=1e-4)
         for weight in heads.parameters():
             weight.grad = torch.rand_like(weight)
@@ -210,34 +220,43 @@ def test_a_step_that_may_be_skipped():
         optimizer = torch.optim.AdamW(moved(model).parameters(), lr=0.1, fused=True)
         accelerator = SimpleNamespace(scaler=None, clip_grad_norm_=torch.nn.utils.clip_grad_norm_)
         wrapped = SimpleNamespace(optimizer=optimizer, step=optimizer.step, zero_grad=optimizer.zero_grad)
-        for _ in range(2):
+        run = object.__new__(Run)
+        run.__dict__.update(accelerator=accelerator, model=model, values_of_step={}, recorded_step=None,
+                            interval=Interval(), skipped_steps=SkippedSteps(*classes(3)))  # fmt: skip
+        for run.step in range(2):
             for weight in model.parameters():
                 weight.grad = torch.rand_like(weight)
-            on_cuda(*train.take_step(accelerator, model, wrapped, 0.1))
+            run.update(wrapped, clip_grad=0.1)
+            on_cuda(run.interval.sums["grad_norm"], run.interval.good, *vars(run.skipped_steps).values())
         on_cuda(*(value for state in optimizer.state.values() for value in state.values()))
 
 
 def test_nearest_neighbours(monkeypatch):
     """Of a bank of several blocks, and with more neighbours asked for than there are."""
-    monkeypatch.setattr(probe, "BLOCK", 7)
+    monkeypatch.setattr(engine.evaluation, "BLOCK", 7)
     with FakeTensorMode():
         bank, labels = torch.rand(20, 16, device=CUDA), classes(20)
         for k in (3, 30):
-            cosines, found = probe.nearest(torch.rand(5, 16, device=CUDA), bank, labels, k)
+            cosines, found = nearest(torch.rand(5, 16, device=CUDA), bank, labels, k)
             on_cuda(cosines, found)
-            scores = on_cuda(probe.votes(cosines, found, 0.07, 4))
-            assert on_cuda(train.hits(scores, classes(5), above=0)).shape == (2,)
+            scores = on_cuda(votes(cosines, found, 0.07, 4))
+            assert on_cuda(hits(scores, classes(5), above=0)).shape == (2,)
 
 
 def test_knn_waits_for_its_results_alone(monkeypatch):
     """Every vote is counted on the device; the first number that is asked for is the first row's accuracy."""
-    counts, hits, one = [], probe.hits, SimpleNamespace(gather=lambda x: x)
-    monkeypatch.setattr(probe, "gather_rows", lambda accelerator, x: x)  # numbers of rows are asked for once
-    monkeypatch.setattr(probe, "hits", lambda *args, **options: counts.append(hits(*args, **options)) or counts[-1])
+    counts, one = [], SimpleNamespace(gather=lambda x: x)
+
+    def counted(*args, **options):
+        counts.append(hits(*args, **options))
+        return counts[-1]
+
+    monkeypatch.setattr(engine.evaluation, "gather_rows", lambda accelerator, x: x)  # it asks for numbers of rows
+    monkeypatch.setattr(engine.evaluation, "hits", counted)
     with FakeTensorMode():
         bank, queries = (torch.rand(n, 2, 16, device=CUDA) for n in (9, 1500))
         with pytest.raises(DataDependentOutputException):
-            probe.knn(one, bank, classes(9), queries, classes(1500), 4, (3, 5), (0.1, 1.0))
+            knn(one, bank, classes(9), queries, classes(1500), 4, (3, 5), (0.1, 1.0))
         on_cuda(*counts)
     assert len(counts) == 2 * 4, "two blocks of queries, four settings"
 
@@ -253,16 +272,16 @@ def test_what_ranks_have_of_features_is_on_the_device():
         return tensor
 
     accelerator = SimpleNamespace(device=CUDA, autocast=lambda: torch.autocast("cpu", enabled=False), reduce=reduce)
-    work = object.__new__(probe.Probe)
-    work.__dict__.update(args=train.parse(["knn"], kind=probe.Command), device=CUDA, batches=lambda *_: [],
+    work = object.__new__(probe.Extractor)
+    work.__dict__.update(args=parse(probe.Command, ["knn"]), device=CUDA, batches=lambda *_: [],
                          encoder=SimpleNamespace(patch_size=4, dim=96))  # fmt: skip
     work.args.encoder.image_size = 28
     model = torch.nn.Linear(4, 7)
     with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "raise_together", lambda trouble: None)
+        patch.setattr(engine.evaluation, "raise_together", lambda trouble: None)
         batches = [(torch.rand(5, 4, device=CUDA), classes(5))] * 2
         with pytest.raises(StopIteration):
-            train.evaluate(accelerator, moved(model), batches)
+            accuracy(accelerator, moved(model), batches)
         on_cuda(*reduced, *work.extract(None, probe.pooled, "val"))
 
 
@@ -270,12 +289,25 @@ def test_what_ranks_have_of_features_is_on_the_device():
 
 
 class Done(Exception):  # noqa: N818 (no error)
-    """A step was taken."""
+    """Two steps were taken."""
 
 
-def take_a_step(monkeypatch, module, work):
-    """Run a script up to its loop; there, one step on the GPU, of two micro-batches from its own stream. What cannot be
-    had is replaced: moving a module, pinned memory, backward, and Accelerate, which would look for the GPU."""
+class InMode:
+    """A stream whose first batches were read before, as tensors of FakeTensorMode on the CPU."""
+
+    def __init__(self, stream, mode, count):
+        self.names, self.state_dict = stream.names, stream.state_dict
+        self.batches, self.mode = [(next(stream), stream.part) for _ in range(count)], mode
+
+    def __next__(self):
+        batch, self.part = self.batches.pop(0)
+        return {name: self.mode.from_tensor(x) for name, x in batch.items()}
+
+
+def take_steps(monkeypatch, work):
+    """Run a script up to its loop; there, two steps on the GPU, each of two micro-batches from its own stream. What
+    cannot be had is replaced: moving a module, pinned memory, backward, and Accelerate, which would look for the
+    GPU."""
     mode, prepared = FakeTensorMode(allow_non_fake_inputs=True), []
 
     def to(part, *_):
@@ -296,13 +328,18 @@ def take_a_step(monkeypatch, module, work):
         for weight in prepared[0].parameters():
             weight.grad = torch.rand_like(weight) if weight.requires_grad else None
 
-    def fit(accelerator, run, data, source, streams, learn, *_, **__):
-        batches = [next(streams[0]) for _ in range(2)]
+    steps = Run.steps
+
+    def two_steps(run, stream, **options):
+        stream = InMode(stream, mode, 4)
         with mode:
-            found = learn(1, ({name: mode.from_tensor(x) for name, x in batch.items()} for batch in batches))
-            on_cuda(*(value for value in found.values() if isinstance(value, torch.Tensor)))
-            on_cuda(*(weight for part in prepared for weight in part.state_dict().values()))
-        raise Done
+            for step in steps(run, stream, **options):
+                yield step
+                on_cuda(*run.interval.sums.values(), run.interval.good, *vars(run.skipped_steps).values())
+                on_cuda(*(weight for part in prepared for weight in part.state_dict().values()))
+                if step == 1:
+                    assert not stream.batches
+                    raise Done
 
     accelerator = SimpleNamespace(
         device=CUDA, process_index=0, num_processes=1, is_main_process=True, scaler=None, backward=backward,
@@ -312,8 +349,8 @@ def take_a_step(monkeypatch, module, work):
     monkeypatch.setattr(torch.nn.Module, "to", to)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.optim.swa_utils.AveragedModel, "update_parameters", lambda average, model: None)
-    monkeypatch.setattr(module, "make_accelerator", lambda *_: (accelerator, "no"))
-    monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(engine.run, "make_accelerator", lambda *_: (accelerator, "no"))
+    monkeypatch.setattr(Run, "steps", two_steps)
     with pytest.raises(Done):
         work()
 
@@ -323,23 +360,23 @@ FLAGS = ["--dataset", "demo", "--workers", "0", "--steps", "4", "--batch-size", 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "cae"]], ids=str)
 def test_a_step_of_pretraining(flags, monkeypatch, tmp_path):
-    args = train.parse([*FLAGS, *flags, "--run-dir", str(tmp_path)])
-    take_a_step(monkeypatch, train, lambda: train.train(args))
+    args = parse(train.Args, [*FLAGS, *flags, "--run-dir", str(tmp_path)])
+    take_steps(monkeypatch, lambda: train.train(args))
 
 
 def test_a_step_of_fine_tuning(monkeypatch, tmp_path):
     """With erasing and a moving average. (Mixing is torchvision's, which draws its numbers on the host.)"""
     flags = ["--random-init", "nano", "--erasing", "0.5", "--ema", "0.2", "--clip-grad", "1"]
-    args = train.parse([*FLAGS, *flags, "--run-dir", str(tmp_path)], kind=finetune.Classify)
+    args = parse(finetune.Classify, [*FLAGS, *flags, "--run-dir", str(tmp_path)])
     origin = finetune.of_cae(CAE(CAEConfig.from_size("nano")), "")
     model = finetune.build_model(finetune.ModelArgs(image_size=28, drop_path=0.0, pooling="mean"), origin, ["a", "b"])
     model(torch.zeros(1, 3, 28, 28))  # what transformers keeps, with values
-    take_a_step(monkeypatch, finetune, lambda: finetune.classify(args))
+    take_steps(monkeypatch, lambda: finetune.classify(args))
 
 
 @pytest.mark.parametrize("command", ["linear", "attentive", "ep"])
 def test_a_step_of_a_probe(command, monkeypatch, tmp_path):
     command = ["attentive", "--kind", "ep"] if command == "ep" else [command]
-    args = train.parse([*command, *FLAGS, "--random-init", "nano", "--run-dir", str(tmp_path)], kind=probe.Command)
-    monkeypatch.setattr(probe, "extract_once", lambda *_: (None, None, None))  # features without augmentation
-    take_a_step(monkeypatch, probe, lambda: probe.evaluate_encoder(args))
+    args = parse(probe.Command, [*command, *FLAGS, "--random-init", "nano", "--run-dir", str(tmp_path)])
+    monkeypatch.setattr(probe, "extract_once", lambda *_: (None, None))  # features without augmentation
+    take_steps(monkeypatch, lambda: probe.evaluate_encoder(args))

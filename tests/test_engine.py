@@ -1,6 +1,68 @@
 """What every run needs and no paper mentions, part by part: data sets and the order of their images, the network, the
 run folder, the log, and the loop. Each is compared with what it promises, written out here."""
 
+import engine.arguments
+import engine.errors
+import engine.log
+import engine.network
+import engine.run
+import engine.stream
+from engine.arguments import (
+    DEMO,
+    DataArgs,
+    LabelArgs,
+    Mark,
+    RunArgs,
+    cores_per_process,
+    default_run_dir,
+    fill,
+    flat,
+    parse,
+    require_not_negative,
+    require_positive,
+)
+from engine.checkpoints import (
+    Progress,
+    Resume,
+    checkpoints,
+    damage,
+    fingerprint,
+    load_checkpoint,
+    make_run_dir,
+    plan_resume,
+    report_resume,
+    save_checkpoint,
+    sound_checkpoint,
+    write_config,
+)
+from engine.errors import (
+    STOP_SIGNALS,
+    BadFilesError,
+    PeerError,
+    RunError,
+    ServerGoneError,
+    UserError,
+    command_line,
+    dead_peers,
+)
+from engine.evaluation import accuracy
+from engine.files import replace_files
+from engine.log import Log, watch
+from engine.network import HubFile, HubFiles, NetworkError, Outage, growing_pauses, network_errors
+from engine.run import (
+    Interval,
+    Length,
+    Peers,
+    Run,
+    Stop,
+    attention_for,
+    completes_passes,
+    make_accelerator,
+    raise_together,
+)
+from engine.sources import Source, choose_columns, open_labelled, open_source
+from engine.stream import Stream, load_chunk, one_pass
+
 import hashlib
 import itertools
 import json
@@ -15,17 +77,17 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import accelerate
 import datasets
 import pytest
 import torch
-from accelerate import Accelerator
 from huggingface_hub.errors import HTTPError
 from images import Numbers, png, write_folder, write_parquet, write_tars
 from reference import seed_of
 
+import convert
 import train
 from cae import CAEConfig
-from train import DataArgs, LabelArgs, NetworkError, RunError, UserError, cores_per_process  # not yet conftest's
 
 CPU = torch.device("cpu")
 
@@ -45,7 +107,7 @@ def columns(names, **flags):
     kinds = {"i": datasets.Image(), "b": datasets.Value("binary"), "n": datasets.Value("int64"),
              "s": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}  # fmt: skip
     features = {name: kinds[kind] for name, kind in (pair.split(":") for pair in names.split())}
-    return train.choose_columns(DataArgs(dataset="x", **flags), features)
+    return choose_columns(DataArgs(dataset="x", **flags), features)
 
 
 @pytest.mark.parametrize(("names", "flags", "found"), [
@@ -63,7 +125,7 @@ def test_columns_that_nobody_named(names, flags, found):
 
 def labelled(path, streaming=False, split="train", num_images=None, world=1, **labels):
     data = DataArgs(dataset=str(path), streaming=streaming, workers=0, split=split, num_images=num_images)
-    return train.open_labelled(data, LabelArgs(**labels), world)
+    return open_labelled(data, LabelArgs(**labels), world)
 
 
 def test_the_split_to_evaluate_on(tmp_path):
@@ -100,7 +162,7 @@ def test_classes_are_those_that_are_learned(tmp_path):
 
 
 def test_the_number_of_a_class():
-    source = train.Source(None, "image", "label", 3, "here", ["7", "b", "c"])
+    source = Source(None, "image", "label", 3, "here", ["7", "b", "c"])
     for value, number in ((0, 0), (2, 2), ("c", 2), ("7", 0)):
         assert source.label({"label": value}) == number
     for value in (-1, 3, "d", None, 1.0, "2"):
@@ -115,9 +177,9 @@ def test_images_are_counted_in_their_split(tmp_path):
         for streaming in (True, False):  # what is prepared on disk is known of later streams, too
             for split, number in (("train", 9), ("test", 3)):
                 data = DataArgs(dataset=str(tmp_path / kind), streaming=streaming, workers=0, split=split)
-                assert train.open_source(data).num_images == number
+                assert open_source(data).num_images == number
                 data.num_images = 77
-                assert train.open_source(data).num_images == (77 if streaming else number)
+                assert open_source(data).num_images == (77 if streaming else number)
 
 
 def test_a_file_is_a_data_set(tmp_path):
@@ -126,7 +188,7 @@ def test_a_file_is_a_data_set(tmp_path):
     write_tars(tmp_path, (4,))
     for name, number in (("test-00000-of-00001.parquet", 3), ("train-00000.tar", 4)):
         for streaming in (True, False):
-            assert train.open_source(DataArgs(dataset=str(tmp_path / name), streaming=streaming)).num_images == number
+            assert open_source(DataArgs(dataset=str(tmp_path / name), streaming=streaming)).num_images == number
 
 
 # ------------------------------------------------------------------------------------------------------ order of images
@@ -140,7 +202,7 @@ def shuffled(n, *parts):
 def stream_of(path, streaming, rank=0, world=1, window=7, interleave=2, state=None, first_pass=0, size=5):
     args = DataArgs(dataset=str(path), streaming=streaming, workers=0, batch_size=size)
     args.shuffle_window, args.interleave = window, interleave
-    return train.Stream(train.open_source(args, world), Numbers(), args, 3, rank, world, state, first_pass)
+    return Stream(open_source(args, world), Numbers(), args, 3, rank, world, state, first_pass)
 
 
 def numbers_of(stream, count):
@@ -196,31 +258,32 @@ def test_the_pass_of_a_stream_is_that_of_its_last_image(tmp_path):
     passes = []
     for _ in range(3):
         batch = next(stream)
-        passes.append((batch["ids"][0, 0].item(), stream.state_dict()["pass"]))
+        passes.append((batch["ids"][0, 0].item(), stream.state_dict()[0]["pass"]))
     assert passes == [(0, 0), (0, 1), (1, 2)]
 
 
 def test_bad_files_are_named_once(tmp_path):
     """Not again by a run that goes on in the middle of their chunk; and they count as read."""
     bad = stream_of(write_folder(tmp_path / "all", 7, encode=lambda n: b"bad"), False)
-    with pytest.raises(train.BadFilesError, match="5 of the 5 files that this process read could not be used"):
+    with pytest.raises(BadFilesError, match=r"5 of the 5 files that this process read of .*/all could not be used"):
         next(bad)
     write_parquet(tmp_path / "two", (240,), encode=lambda n: b"bad" if n in (60, 120) else png(n))
     stream = stream_of(tmp_path / "two", False)
     while len(stream.skipped_names) < 2:
         next(stream)
     again = stream_of(tmp_path / "two", False, state=stream.state_dict())
-    assert stream.skipped == again.skipped == 2 and stream.state_dict()["skipped"] == 1, "it goes on before the second"
+    assert stream.skipped == again.skipped == 2
+    assert stream.state_dict()[0]["skipped"] == 1, "it goes on before the second"
     assert again.skipped_names == []
     assert numbers_of(again, 50) == numbers_of(stream, 50)
 
 
 def test_loading_processes_are_as_many_as_asked_for(tmp_path):
-    source = train.open_source(DataArgs(dataset=str(write_tars(tmp_path, (4, 4))), streaming=True, workers=0))
+    source = open_source(DataArgs(dataset=str(write_tars(tmp_path, (4, 4))), streaming=True, workers=0))
     for workers in (0, 2):
         args = DataArgs(streaming=True, workers=workers, batch_size=2)
-        for begin in (lambda: train.Stream(source, Numbers(), args, 3),  # noqa: B023
-                      lambda: train.one_pass(source, Numbers(), 2, workers)):  # noqa: B023
+        for begin in (lambda: Stream(source, Numbers(), args, 3),  # noqa: B023
+                      lambda: one_pass(source, Numbers(), 2, workers)):  # noqa: B023
             before = set(multiprocessing.active_children())
             chunks = begin()
             next(chunks)
@@ -233,30 +296,30 @@ def test_a_pass_with_a_broken_shard_is_no_pass(tmp_path):
     write_tars(tmp_path, (4, 4))
     shard = tmp_path / "train-00001.tar"
     shard.write_bytes(shard.read_bytes()[:3000])
-    source = train.open_source(DataArgs(dataset=str(tmp_path), streaming=True, num_images=8, workers=0))
-    with pytest.raises(train.BadFilesError, match=r"shard 1 .* cannot be read beyond its row"):
-        list(train.one_pass(source, Numbers(), 2, 0))
+    source = open_source(DataArgs(dataset=str(tmp_path), streaming=True, num_images=8, workers=0))
+    with pytest.raises(BadFilesError, match=r"shard 1 .* cannot be read beyond its row"):
+        list(one_pass(source, Numbers(), 2, 0))
 
 
 def test_a_file_of_a_server_that_is_gone_is_no_bad_file(tmp_path, monkeypatch):
     def refused(path):
         raise NetworkError("connection refused")
 
-    source = train.open_source(DataArgs(dataset=str(write_folder(tmp_path, 2)), patience=1e-5))
+    source = open_source(DataArgs(dataset=str(write_folder(tmp_path, 2)), patience=1e-5))
     assert source.patience == 1e-5
-    assert train.load_chunk(source, Numbers(), 0, [(0, 1, source.data[1])])["numbers"].tolist() == [1]
-    monkeypatch.setattr(train, "read_file", refused)
-    with pytest.raises(train.ServerGoneError):
-        train.load_chunk(source, Numbers(), 0, [(0, 1, source.data[1])])
+    assert load_chunk(source, Numbers(), 0, [(0, 1, source.data[1])])["numbers"].tolist() == [1]
+    monkeypatch.setattr(engine.stream, "read_file", refused)
+    with pytest.raises(ServerGoneError):
+        load_chunk(source, Numbers(), 0, [(0, 1, source.data[1])])
 
 
 # ---------------------------------------------------------------------------------------------------------- the network
 
 
 def test_pauses_double_up_to_a_minute():
-    assert list(itertools.islice(train.growing_pauses(), 9)) == [1, 2, 4, 8, 16, 32, 60, 60, 60]
-    assert list(itertools.islice(train.growing_pauses(2), 9)) == [1, 2, 4, 8, 16, 32, 60], "begun within two minutes"
-    assert list(train.growing_pauses(0)) == []
+    assert list(itertools.islice(growing_pauses(), 9)) == [1, 2, 4, 8, 16, 32, 60, 60, 60]
+    assert list(itertools.islice(growing_pauses(2), 9)) == [1, 2, 4, 8, 16, 32, 60], "begun within two minutes"
+    assert list(growing_pauses(0)) == []
 
 
 def answer(status, **headers):
@@ -270,14 +333,14 @@ def answer(status, **headers):
     (answer(503, **{"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"}), 0),
 ])  # fmt: skip
 def test_failures_that_may_pass(error, after):
-    with pytest.raises(NetworkError) as caught, train.network_errors("a shard"):
+    with pytest.raises(NetworkError) as caught, network_errors("a shard"):
         raise error
     assert caught.value.after == after and "a shard" in str(caught.value)
 
 
 @pytest.mark.parametrize("error", [answer(400), answer(401), answer(403), answer(404), answer(499), OSError("disk")])
 def test_failures_that_stay(error):
-    with pytest.raises(type(error)) as caught, train.network_errors("a shard"):
+    with pytest.raises(type(error)) as caught, network_errors("a shard"):
         raise error
     assert caught.value is error
 
@@ -289,9 +352,9 @@ def test_a_server_is_waited_for_as_long_as_it_asks_and_patience_lasts(monkeypatc
         slept.append(seconds)
         now[0] += seconds
 
-    monkeypatch.setattr(train.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(train.time, "sleep", sleep)
-    outage = train.Outage("pictures", 0.5)
+    monkeypatch.setattr(engine.network.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(engine.network.time, "sleep", sleep)
+    outage = Outage("pictures", 0.5)
     with pytest.raises(ZeroDivisionError):
         outage.wait(ZeroDivisionError())
     for error in (NetworkError("busy"), NetworkError("busy", 9), NetworkError("busy")):
@@ -301,7 +364,7 @@ def test_a_server_is_waited_for_as_long_as_it_asks_and_patience_lasts(monkeypatc
     assert re.findall(r"waiting for|comes again, after 14 s", capsys.readouterr().err) == [
         "waiting for", "comes again, after 14 s"]  # fmt: skip
     del slept[:]
-    with pytest.raises(train.ServerGoneError, match=r"pictures has been away for 0\.5 minutes"):
+    with pytest.raises(ServerGoneError, match=r"pictures has been away for 0\.5 minutes"):
         while True:
             outage.wait(NetworkError("busy", 25))
     assert slept == [25, 5], "never beyond its patience, which begins with each outage"
@@ -316,11 +379,11 @@ def test_a_range_of_a_file_comes_whole(monkeypatch):
             asked.append((url, headers["Range"], headers["authorization"], timeout))
             return answers.pop(0)
 
-    monkeypatch.setattr(train, "get_session", Session)
-    monkeypatch.setattr(train, "hf_raise_for_status", lambda answer: None)
-    monkeypatch.setattr(train.hub_constants, "HF_HUB_DOWNLOAD_TIMEOUT", 17)
+    monkeypatch.setattr(engine.network, "get_session", Session)
+    monkeypatch.setattr(engine.network, "hf_raise_for_status", lambda answer: None)
+    monkeypatch.setattr(engine.network.hub_constants, "HF_HUB_DOWNLOAD_TIMEOUT", 17)
     fs = SimpleNamespace(token="hf_secret", url=lambda path: f"https://hub/{path}")
-    fetch = partial(train.HubFile._fetch_range, SimpleNamespace(path="owner/name/a.tar", fs=fs))
+    fetch = partial(HubFile._fetch_range, SimpleNamespace(path="owner/name/a.tar", fs=fs))
     answers += [SimpleNamespace(status_code=206, content=whole[10:30]), SimpleNamespace(status_code=200, content=whole)]
     assert fetch(10, 30) == fetch(10, 30) == whole[10:30]
     assert asked == [("https://hub/owner/name/a.tar", "bytes=10-29", "Bearer hf_secret", 17)] * 2
@@ -333,9 +396,9 @@ def test_a_range_of_a_file_comes_whole(monkeypatch):
 def test_files_of_the_hub_share_what_they_know(monkeypatch):
     """And tar shards, which datasets asks for as one long answer, come in blocks of 16 MB."""
     opened = []
-    monkeypatch.setattr(train, "HubFile", lambda fs, path, mode, block_size, **options: opened.append(block_size))
-    monkeypatch.setattr(train.HubFiles, "resolve_path", lambda self, path, revision: SimpleNamespace(unresolve=str))
-    first, second, other = (train.HubFiles(token=token, skip_instance_cache=True) for token in ("a", "a", "b"))
+    monkeypatch.setattr(engine.network, "HubFile", lambda fs, path, mode, size, **options: opened.append(size))
+    monkeypatch.setattr(HubFiles, "resolve_path", lambda self, path, revision: SimpleNamespace(unresolve=str))
+    first, second, other = (HubFiles(token=token, skip_instance_cache=True) for token in ("a", "a", "b"))
     assert first is not second and first.dircache is second.dircache is not other.dircache
     for size in (0, None, 1234):
         first._open("datasets/owner/name/a.tar", block_size=size)
@@ -349,9 +412,9 @@ def test_what_a_failed_write_of_the_model_leaves(tmp_path):
     """Nothing; and nothing of an earlier attempt gets into the model."""
     (tmp_path / "model.tmp").mkdir()
     (tmp_path / "model.tmp" / "earlier").touch()
-    train.publish_files(tmp_path / "model", lambda folder: (folder / "x").write_text("whole"))
+    replace_files(tmp_path / "model", lambda folder: (folder / "x").write_text("whole"))
     with pytest.raises(OSError, match="full"):
-        train.publish_files(tmp_path / "model", lambda folder: (_ for _ in ()).throw(OSError("full")))
+        replace_files(tmp_path / "model", lambda folder: (_ for _ in ()).throw(OSError("full")))
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "x"]
 
 
@@ -359,13 +422,15 @@ def test_checkpoints_are_named_by_their_step(tmp_path):
     for name in ("step_00000020", "step_00000003", "step_123456789", "step_00000021.tmp", "step_00000022.damaged",
                  "step_5", "other"):  # fmt: skip
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
-    names = [path.name for path in train.checkpoints(tmp_path)]
+    names = [path.name for path in checkpoints(tmp_path)]
     assert names == ["step_00000003", "step_00000020", "step_123456789"]
 
 
-def saved(folder, step=4, places=("a",), accelerator=None, **more):
+def saved(folder, step=4, places=("a",), accelerator=None, **trainer):
+    """A checkpoint with these positions of part 0, 1, ... or {part: position}."""
     accelerator = accelerator or alone(save_state=state_of_two_files)
-    assert train.save_checkpoint(accelerator, folder, step, places, train.RunArgs(), **more) is None
+    places = places if isinstance(places, dict) else dict(enumerate(places))
+    assert save_checkpoint(accelerator, RunArgs(run_dir=str(folder)), step, places, trainer) is None
     return folder / "checkpoints" / f"step_{step:08d}"
 
 
@@ -377,60 +442,73 @@ def state_of_two_files(folder):
 
 def test_a_checkpoint_is_summed_whole(tmp_path):
     """Every file but the sums themselves, also within a folder; a change to any is noticed."""
-    checkpoint = saved(tmp_path, places=("a", "b"), bad_steps=2, write_model=None)
+    checkpoint = saved(tmp_path, places=("a", "b"), bad_steps=2)
     lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
     files = {"weights/part_0", "model.safetensors", "trainer.json", "data_0.json", "data_1.json"}
     assert {line.split("  ")[1]: line.split("  ")[0] for line in lines} == {
         name: hashlib.sha256((checkpoint / name).read_bytes()).hexdigest() for name in files}  # fmt: skip
     assert json.loads((checkpoint / "trainer.json").read_text()) == {"step": 4, "bad_steps": 2}
-    assert train.damage(checkpoint) is None
+    assert damage(checkpoint) is None
     for name in files:
         whole = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(whole[:-1] + b"?")
-        assert train.damage(checkpoint) == f"{name} is not what was written"
+        assert damage(checkpoint) == f"{name} is not what was written"
         (checkpoint / name).unlink()
-        assert train.damage(checkpoint) == f"{name} is missing"
+        assert damage(checkpoint) == f"{name} is missing"
         (checkpoint / name).write_bytes(whole)
     (checkpoint / "SHA256SUMS").write_text("\n".join(line for line in lines if "trainer" not in line))
-    assert train.damage(checkpoint) == "SHA256SUMS is cut short"
+    assert damage(checkpoint) == "SHA256SUMS is cut short"
     (checkpoint / "SHA256SUMS").unlink()
-    assert "SHA256SUMS cannot be read" in train.damage(checkpoint)
+    assert "SHA256SUMS cannot be read" in damage(checkpoint)
 
 
 def test_each_part_of_the_data_goes_on_where_it_belongs(tmp_path):
     """Rank 1 of two has the parts 1 and 3 of four, in a checkpoint and from it."""
     ranks = [alone(process_index=rank, num_processes=2, is_main_process=rank == 0) for rank in (0, 1)]
+    source = open_source(DataArgs(dataset=str(write_folder(tmp_path / "images", 44)), workers=0))
+    data = DataArgs(workers=0, batch_size=3, parts=4)
+    streams = [Stream(source, Numbers(), data, 3, rank, 2) for rank in (0, 1)]
+    for taken, stream in enumerate(streams, 2):
+        for _ in range(taken):
+            next(stream)
+    states = {part: state for stream in streams for part, state in stream.state_dict().items()}
+    assert [list(stream.state_dict()) for stream in streams] == [[0, 2], [1, 3]]
+    assert len({state["seen"] for state in states.values()}) == 4
     temporary = tmp_path / "checkpoints" / "step_00000007.tmp"
     temporary.mkdir(parents=True)
-    saved(tmp_path, 7, [{"part": 1}, {"part": 3}], ranks[1])
+    saved(tmp_path, 7, streams[1].state_dict(), ranks[1])
     found = {path.name: json.loads(path.read_text()) for path in temporary.iterdir()}
-    assert found == {"data_1.json": {"part": 1}, "data_3.json": {"part": 3}}, "the rest is for rank 0 to write"
-    whole = saved(tmp_path, 8, [{"part": i} for i in range(4)])
+    assert found == {"data_1.json": states[1], "data_3.json": states[3]}, "the rest is for rank 0 to write"
+    whole = saved(tmp_path, 8, states)
     for rank, parts in ((0, [0, 2]), (1, [1, 3])):
         ranks[rank].is_main_process = True  # it alone looks at the sums
-        trainer, places = train.load_checkpoint(ranks[rank], train.Resume([whole]), tmp_path, 4)
-        assert trainer["step"] == 8 and places == [{"part": part} for part in parts]
-    nothing = {"step": 0, "first_pass": 0, "changed": []}
-    assert train.load_checkpoint(ranks[1], train.Resume(), tmp_path, 4) == (nothing, [None, None])
+        progress = load_checkpoint(ranks[rank], Resume([whole]), tmp_path, 4)
+        assert progress.step == 8 and progress.data_states == states and progress.path == whole
+        again = Stream(source, Numbers(), data, 3, rank, 2, progress.data_states)
+        assert again.state_dict() == {part: states[part] for part in parts}
+    assert load_checkpoint(ranks[1], Resume(), tmp_path, 4) == Progress()
+    assert vars(Progress()) == {"step": 0, "data_states": {}, "first_pass": 0, "skipped_steps": 0,
+                                "unevaluated": None, "more": {}, "path": None}  # fmt: skip
 
 
 def test_data_that_begin_anew_begin_after_every_part(tmp_path):
     """With the pass after the latest of all parts; what only the recipe changes goes on."""
     checkpoint = saved(tmp_path, 8, [{"pass": 2}, {"pass": 5}])
+    history, marks = [{"step": 3, "values": {"seed": [4, 0]}}], {"seed": Mark.DATA}
     for changed, first_pass in (({"seed": [0, 1]}, 6), ({"lr": [1, 2]}, 0)):
-        resume = train.Resume([checkpoint], changed, [{"step": 3, "values": {"seed": [4, 0]}}])
-        trainer, places = train.load_checkpoint(alone(), resume, tmp_path, 2)
-        assert trainer["first_pass"] == first_pass
-        assert places == ([None, None] if first_pass else [{"pass": 2}, {"pass": 5}])
-        assert trainer["changed"] == [*resume.history, {"step": 8, "values": changed}]
+        resume = Resume([checkpoint], changed, {}, history, marks)
+        progress = load_checkpoint(alone(), resume, tmp_path, 2)
+        assert progress.first_pass == first_pass
+        assert progress.data_states == ({} if first_pass else {0: {"pass": 2}, 1: {"pass": 5}})
+        assert resume.changes(progress.step) == [*history, {"step": 8, "values": changed}]
 
 
 def test_a_damaged_checkpoint_of_another_run_is_left_alone(tmp_path, capsys):
     good, bad = saved(tmp_path / "theirs", 3), saved(tmp_path / "theirs", 6)
     (bad / "data_0.json").write_text("?")
-    found = train.sound_checkpoint(alone(), [bad, good], tmp_path / "ours")
+    found = sound_checkpoint(alone(), [bad, good], tmp_path / "ours")
     assert found == good and bad.exists() and "step_00000006 is damaged: data_0.json is not" in capsys.readouterr().err
-    assert train.sound_checkpoint(alone(), [bad, good], tmp_path / "theirs") == good
+    assert sound_checkpoint(alone(), [bad, good], tmp_path / "theirs") == good
     assert not bad.exists() and bad.with_name("step_00000006.damaged").exists()
 
 
@@ -441,40 +519,42 @@ def test_left_overs_are_taken_away(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True)
         (tmp_path / name).touch()
     (tmp_path / "log.jsonl.tmp").touch()
-    train.sound_checkpoint(alone(), [], tmp_path)
+    sound_checkpoint(alone(), [], tmp_path)
     assert sorted(path.name for path in [*tmp_path.iterdir(), *(tmp_path / "checkpoints").iterdir()]) == [
         "checkpoints", "model", "step_00000002.damaged", "step_00000003"]  # fmt: skip
 
 
 def test_the_last_checkpoint_of_a_run_may_be_named(tmp_path):
     """--resume PATH in the run's own folder; only an earlier one would branch off."""
-    run = train.RunArgs(run_dir=str(tmp_path))
+    run = RunArgs(run_dir=str(tmp_path))
     for step in (3, 6):
         last = saved(tmp_path, step)
-    train.write_config(tmp_path, {"seed": 0}, {}, [{"step": 3, "values": {}}])
+    write_config(tmp_path, {"seed": 0}, {}, [{"step": 3, "values": {}}])
     run.resume = str(last)
-    resume = train.prepare_run_dir(run, {"seed": 0})
-    assert resume == train.Resume([last], {}, [{"step": 3, "values": {}}])
+    resume = plan_resume(run, {"seed": 0}, {})
+    assert resume == Resume([last], history=[{"step": 3, "values": {}}])
     run.resume = "auto"
-    assert [path.name[-1] for path in train.prepare_run_dir(run, {"seed": 0}).candidates] == ["6", "3"]
+    assert [path.name[-1] for path in plan_resume(run, {"seed": 0}, {}).candidates] == ["6", "3"]
 
 
 def test_a_folder_that_cannot_be_written_to_is_told(tmp_path, monkeypatch):
     """Before the work; and a look leaves nothing behind."""
-    train.make_run_dir(tmp_path / "a" / "run")
+    make_run_dir(tmp_path / "a" / "run")
     assert list((tmp_path / "a" / "run").iterdir()) == []
     monkeypatch.setattr(Path, "touch", lambda path: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
     with pytest.raises(UserError, match="is not writable: Read-only file system; choose another --run-dir"):
-        train.make_run_dir(tmp_path / "a" / "run")
+        make_run_dir(tmp_path / "a" / "run")
 
 
 def test_what_is_told_when_a_run_goes_on(capsys):
-    resume = train.Resume(changed={"lr": [1, 2]})
-    train.report_resume(resume, {"path": "here", "step": 9, "first_pass": 2}, 10, "run")
-    train.report_resume(train.Resume(), {"path": "here", "step": 10, "first_pass": 0}, 10, "run")
-    train.report_resume(train.Resume(), {"step": 0, "first_pass": 0}, 10, "run")
+    resume = Resume(changed={"lr": [1, 2], "steps": [8, 10]}, added={"new": 3}, marks={"steps": Mark.LENGTH})
+    report_resume(Progress(path="here", step=9, first_pass=2), resume, 10, "run")
+    report_resume(Progress(path="here", step=10), Resume(), 10, "run")
+    report_resume(Progress(), Resume(), 10, "run")
     assert capsys.readouterr().out.splitlines() == [
-        "continuing from here", "  changed: lr 1 -> 2", "  the data begin anew, with pass 2",
+        "continuing from here", "  changed: lr 1 -> 2",
+        "  changed: steps 8 -> 10; the learning rate follows the schedule of the new length",
+        "  new since the run began: new 3", "  the data begin anew, with pass 2",
         "run is complete: 10 steps"]  # fmt: skip
 
 
@@ -482,7 +562,7 @@ def test_what_is_told_when_a_run_goes_on(capsys):
 
 
 class Clock:
-    """In place of time, of train.py alone: it stands still until somebody lets it run."""
+    """In place of time, of a run and its log alone: it stands still until somebody lets it run."""
 
     def __init__(self):
         self.now, self.sleep, self.monotonic = 1000.0, time.sleep, time.monotonic
@@ -494,7 +574,9 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(train, "time", clock)
+    for module in (engine.log, engine.run):
+        monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(engine.run, "Interval", lambda: Interval(began=clock.now))
     return clock
 
 
@@ -504,13 +586,13 @@ VALUES = {"loss": 0.12345, "images_per_second": 1234.5, "data_wait": 0.256}
 def test_a_log_goes_on_after_the_step_of_its_checkpoint(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in range(1, 6)) + '{"no step": 1}\n{"step": 6')
-    log = train.Log(alone(), tmp_path, 3, 10)
+    log = Log(alone(), tmp_path, 3, 10)
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"step": step} for step in (1, 2, 3)]
     log.write({"step": 4, **VALUES, "loss": math.nan})
     log.close()
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 4, **VALUES, "loss": None}
     before = path.read_bytes()
-    other = train.Log(alone(is_main_process=False), tmp_path, 0, 10)
+    other = Log(alone(is_main_process=False), tmp_path, 0, 10)
     other.write({"step": 1, **VALUES})
     other.close()
     assert path.read_bytes() == before, "the main process alone writes"
@@ -519,7 +601,7 @@ def test_a_log_goes_on_after_the_step_of_its_checkpoint(tmp_path):
 def test_a_line_of_the_terminal(tmp_path, clock, capsys):
     """Begun at step 10, twenty steps in twenty seconds: of a hundred, seventy are left."""
     tracked = []
-    log = train.Log(alone(log=lambda values, step: tracked.append((step, values))), tmp_path, 10, 100)
+    log = Log(alone(log=lambda values, step: tracked.append((step, values))), tmp_path, 10, 100)
     clock.now += 20
     log.write({"step": 30, **VALUES, "top1": 71.26, "seen": "abc", "skipped_files": ["x.png (id 3)"]})
     log.write({"step": 31, **VALUES, "loss": math.inf}, shown=False)
@@ -543,14 +625,14 @@ def test_what_is_told_of_a_pass(clock, capsys):
             yield {"ids": range(4)}
 
     passed = 0
-    for chunk in train.watch(chunks(), 200, "images to see", True):
+    for chunk in watch(chunks(), 200, "images to see", True):
         clock.now += 0.375
         passed += len(chunk["ids"])
     assert passed == 120
     told = re.fullmatch(r"images to see: 84/200 images  8 images/s  waiting for data (\d+)%  00:(\d\d) left\n",
                         capsys.readouterr().out)  # fmt: skip
     assert abs(int(told[1]) - 25) <= 1 and abs(int(told[2]) - 116 / 8) < 2
-    for _ in train.watch(chunks(), 200, "images", False):
+    for _ in watch(chunks(), 200, "images", False):
         clock.now += 0.375
     assert capsys.readouterr().out == "", "one process is enough"
 
@@ -568,30 +650,38 @@ def handlers():
         signal.signal(number, handler)
 
 
-def fitted(tmp_path, learn, total, clock=None, images=40, start=0, evaluate=None, every=1.0, streams=1, **flags):
-    """fit() with a model of nothing, 4 images a micro-batch, 8 a step; the lines of its log."""
-    run = train.RunArgs(run_dir=str(tmp_path), **{"log_every": 1, "checkpoint_every": 100, **flags})
-    (tmp_path / "checkpoints").mkdir(exist_ok=True)
-    data = DataArgs(batch_size=4, effective_batch_size=8)
-    source = SimpleNamespace(num_images=images)
+class Batches:
+    """In place of engine.stream.Part: batches of nothing, each in a second."""
 
-    class Batches:
-        skipped, skipped_names = 0, ()
+    skipped, skipped_names, clock = 0, (), None
 
-        def __init__(self):
-            self.taken = 0
+    def __init__(self, *_):
+        self.taken = 0
 
-        def __next__(self):
-            if clock:
-                clock.now += 1
-            self.taken += 1
-            return {"images": torch.zeros(4)}
+    def __next__(self):
+        if self.clock:
+            self.clock.now += 1
+        self.taken += 1
+        return {"images": torch.zeros(4)}
 
-        def state_dict(self):
-            return {"seen": self.taken}
+    def state_dict(self):
+        return {"seen": self.taken}
 
-    train.fit(Accelerator(cpu=True), run, data, source, [Batches() for _ in range(streams)], learn, total,
-              {"step": start}, evaluate=evaluate, eval_every=every)  # fmt: skip
+
+def fitted(tmp_path, learn, total, clock=None, images=40, evaluate=None, every=1.0, parts=1, **flags):
+    """A run with a model of nothing, 4 images a micro-batch, 8 a step; the lines of its log. learn(step, micro-batches)
+    gives the values of a step and, as "bad", whether it is skipped."""
+    args = train.Args(data=DataArgs(batch_size=4, effective_batch_size=8, parts=parts))
+    args.run = RunArgs(run_dir=str(tmp_path), **{"log_every": 1, "checkpoint_every": 100, **flags})
+    with pytest.MonkeyPatch.context() as patch, Run(args) as run:
+        patch.setattr(engine.stream, "Part", Batches)
+        patch.setattr(Batches, "clock", clock)
+        run.open_folder(args)
+        run.resume(Length(total, images / 8), {})
+        stream = run.stream(SimpleNamespace(classes=None), SimpleNamespace(names=("images",)))
+        for step in run.steps(stream, evaluate=evaluate, evaluate_every=every):
+            values = learn(step, run.micro_batches())
+            run.record(values, values.pop("bad"))
     return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
 
 
@@ -625,9 +715,9 @@ def test_a_line_of_the_log_is_the_mean_of_its_steps(tmp_path, clock):
                                               (0.1, list(range(1, 10))), (100.0, [9])])  # fmt: skip
 def test_when_an_evaluation_is_due(every, steps):
     """With the step in which another so many passes of 2.5 steps are complete, and at the end."""
-    assert [step for step in range(1, 10) if train.evaluates_at(step, 9, 2.5, every)] == steps
-    assert [step for step in range(1, 10) if train.evaluates_at(step, 9, None, every)] == [9], "of unknown length"
-    assert train.evaluates_at(30, 99, 10, 0.1 * 3 * 10), "three passes, but for the rounding of 0.1 * 3"
+    assert [step for step in range(1, 10) if completes_passes(step, 9, 2.5, every)] == steps
+    assert [step for step in range(1, 10) if completes_passes(step, 9, None, every)] == [9], "of unknown length"
+    assert completes_passes(30, 99, 10, 0.1 * 3 * 10), "three passes, but for the rounding of 0.1 * 3"
 
 
 def learned(bad=()):
@@ -635,9 +725,11 @@ def learned(bad=()):
 
 
 def test_a_last_step_that_is_not_finite_fails_the_run(tmp_path, handlers):
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with pytest.raises(RunError, match=r"in 1 steps in a row, up to step 5; .* is none: none was written yet"):
         fitted(tmp_path, learned({4}), 5)
-    assert not train.checkpoints(tmp_path)
+    assert not checkpoints(tmp_path)
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before, "the run receives them no more"
 
 
 @pytest.mark.parametrize(("row", "fails"), [(2, False), (3, True)])
@@ -655,9 +747,9 @@ def test_so_many_bad_steps_in_a_row(tmp_path, handlers, row, fails):
 def test_the_checkpoints_of_a_loop(tmp_path, keep, steps):
     """Of every fourth step and of the last, as many as are kept; every third for good. Each holds the places of its two
     parts, which share the micro-batches: one in each step."""
-    fitted(tmp_path, learned(), 7, streams=2, checkpoint_every=4, milestone_every=3, keep=keep, log_every=7)
-    assert [int(path.name[5:]) for path in train.checkpoints(tmp_path)] == steps
-    for path, taken in zip(train.checkpoints(tmp_path), steps, strict=True):
+    fitted(tmp_path, learned(), 7, parts=2, checkpoint_every=4, milestone_every=3, keep=keep, log_every=7)
+    assert [int(path.name[5:]) for path in checkpoints(tmp_path)] == steps
+    for path, taken in zip(checkpoints(tmp_path), steps, strict=True):
         assert [json.loads((path / f"data_{part}.json").read_text()) for part in (0, 1)] == [{"seen": taken}] * 2
 
 
@@ -666,14 +758,14 @@ def test_signals_that_ask_for_a_stop(handlers):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, lambda *_: None)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    peers = train.Peers(1, 5)
-    assert peers.signal is None and peers.most(False) is False and peers.most(3) == 3
+    peers = Peers(1, 5)
+    assert peers.signal is None and peers.any(False) is False and peers.any(3) is True
     signal.raise_signal(signal.SIGTERM)
     assert peers.signal is None
     signal.raise_signal(signal.SIGUSR1)
     assert peers.signal == "SIGUSR1" and signal.getsignal(signal.SIGINT) != signal.SIG_DFL
-    peers.waits = True
-    with pytest.raises(train.Stop):
+    peers.interruptible = True
+    with pytest.raises(Stop):
         signal.raise_signal(signal.SIGINT)
     assert peers.signal == "SIGINT" and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
     peers.close()
@@ -682,11 +774,11 @@ def test_signals_that_ask_for_a_stop(handlers):
 
 
 @pytest.mark.parametrize(("error", "kind"), [
-    (RuntimeError("[gloo] Connection closed by peer"), train.PeerError), (RuntimeError("shapes differ"), RuntimeError),
-    (torch.distributed.DistBackendError("NCCL timeout"), train.PeerError), (ValueError("gloo"), ValueError),
+    (RuntimeError("[gloo] Connection closed by peer"), PeerError), (RuntimeError("shapes differ"), RuntimeError),
+    (torch.distributed.DistBackendError("NCCL timeout"), PeerError), (ValueError("gloo"), ValueError),
 ])  # fmt: skip
 def test_errors_of_the_connection_to_other_processes(error, kind):
-    with pytest.raises(kind) as caught, train.dead_peers():
+    with pytest.raises(kind) as caught, dead_peers():
         raise error
     assert type(caught.value) is kind and str(error) in str(caught.value)
 
@@ -700,20 +792,20 @@ def test_errors_of_the_connection_to_other_processes(error, kind):
 def test_precision_and_timeout(monkeypatch, gpu, bf16, cpu_asked, expected):
     """bf16 by itself only on a GPU that has it; a process is waited for beyond the patience for a server."""
     made = []
-    monkeypatch.setattr(train, "Accelerator", lambda **options: made.append(options) or alone())
+    monkeypatch.setattr(accelerate, "Accelerator", lambda **options: made.append(options) or alone())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setenv("ACCELERATE_USE_CPU", str(cpu_asked))
     wanted = {"auto": expected, "fp32": "no", "bf16": "bf16", "fp16": "fp16"}
     for asked, precision in wanted.items():
-        run = train.RunArgs(run_dir="here", precision=asked, timeout=3.0)
-        assert train.make_accelerator(run, DataArgs(patience=4.0), "wandb")[1] == precision
+        run = RunArgs(run_dir="here", precision=asked, timeout=3.0)
+        assert make_accelerator(run, DataArgs(patience=4.0), "wandb")[1] == precision
         options = made.pop()
         assert (options["mixed_precision"], options["log_with"], options["project_dir"]) == (precision, "wandb", "here")
         ddp, group = options["kwargs_handlers"]
         assert not ddp.broadcast_buffers and ddp.gradient_as_bucket_view
         assert group.timeout == timedelta(minutes=7)
-    train.make_accelerator(train.RunArgs(), DataArgs())
+    make_accelerator(RunArgs(), DataArgs())
     assert made[0]["log_with"] is None
 
 
@@ -722,25 +814,25 @@ def test_plain_attention_in_bf16_on_a_cpu_alone():
     assert flash(), "or nothing would be switched off"
     for kind, precision, fused in (("cpu", "bf16", False), ("cpu", "no", True), ("cpu", "fp16", True),
                                    ("cuda", "bf16", True)):  # fmt: skip
-        with train.attention_for(torch.device(kind), precision):
+        with attention_for(torch.device(kind), precision):
             assert flash() == fused
     assert flash()
 
 
 def test_an_error_of_one_process_is_one_of_all(monkeypatch):
     """Of the same kind and with the same words; the first one's, if there are several."""
-    train.raise_together(None)
+    raise_together(None)
     for others, kind, words in (
         ([None, (True, "his")], UserError, "his"), ([None, (False, "hers")], RunError, "hers"),
         ([(False, "first"), (True, "second")], RunError, "first"),
     ):  # fmt: skip
-        monkeypatch.setattr(train, "gather_object", lambda mine, others=others: others)
+        monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine, others=others: others)
         with pytest.raises(kind, match=words):
-            train.raise_together(None)
-    monkeypatch.setattr(train, "gather_object", lambda mine: mine)
-    for error, kind in ((train.BadFilesError("x"), UserError), (train.ServerGoneError("x"), RunError)):
+            raise_together(None)
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: mine)
+    for error, kind in ((BadFilesError("x"), UserError), (ServerGoneError("x"), RunError)):
         with pytest.raises(kind, match="x"):
-            train.raise_together(error)
+            raise_together(error)
 
 
 def test_work_that_checks_ends_all_processes_or_none(monkeypatch):
@@ -753,13 +845,14 @@ def test_work_that_checks_ends_all_processes_or_none(monkeypatch):
         yield
         order.append("done")
 
-    accelerator = alone(main_process_first=main_process_first)
-    with train.all_or_none(accelerator):
+    run = object.__new__(Run)
+    run.accelerator = alone(main_process_first=main_process_first)
+    with run.main_process_first():
         order.append("work")
-    with pytest.raises(UserError, match="mine"), train.all_or_none(accelerator):
+    with pytest.raises(UserError, match="mine"), run.main_process_first():
         raise UserError("mine")
-    monkeypatch.setattr(train, "gather_object", lambda mine: [None, (True, "his")])
-    with pytest.raises(UserError, match="his"), train.all_or_none(accelerator):
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [None, (True, "his")])
+    with pytest.raises(UserError, match="his"), run.main_process_first():
         order.append("work")
     assert order == ["waited", "work", "done", "waited", "done", "waited", "work", "done"]
 
@@ -769,22 +862,22 @@ def test_accuracy_is_over_all_images(monkeypatch):
     scores = torch.eye(7)
     batches = [(scores[[0, 1, 2]], torch.tensor([0, 6, 2])), (scores[[3]], torch.tensor([4]))]
     heads = lambda x: torch.stack([x, -x])  # noqa: E731
-    accuracy, images = train.evaluate(alone(), heads, batches, (2,))
+    tops, images = accuracy(alone(), heads, batches, (2,))
     # ties keep the order of the classes or not: of -x only "not the first" is certain
-    assert images == 4 and accuracy[0][0] == 50 and accuracy[1][0] == 0
-    assert train.evaluate(alone(), heads, [], (2,)) == ([[0, 0], [0, 0]], 0)
+    assert images == 4 and tops[0][0] == 50 and tops[1][0] == 0
+    assert accuracy(alone(), heads, [], (2,)) == ([[0, 0], [0, 0]], 0)
     double = alone(reduce=lambda x, how: 2 * x if how == "sum" else x)  # another process with the same images
-    assert train.evaluate(double, heads, batches, (2,)) == (accuracy, 8)
+    assert accuracy(double, heads, batches, (2,)) == (tops, 8)
 
     def fails():
         yield batches[0]
-        raise train.BadFilesError("too many")
+        raise BadFilesError("too many")
 
     with pytest.raises(UserError, match="too many"):
-        train.evaluate(alone(), heads, fails(), (2,))
-    monkeypatch.setattr(train, "gather_object", lambda mine: [*mine, (True, "his")])
+        accuracy(alone(), heads, fails(), (2,))
+    monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [*mine, (True, "his")])
     with pytest.raises(UserError, match="his"):
-        train.evaluate(alone(), heads, batches, (2,))
+        accuracy(alone(), heads, batches, (2,))
 
 
 # ----------------------------------------------------------------------------------------------- commands and arguments
@@ -792,8 +885,8 @@ def test_accuracy_is_over_all_images(monkeypatch):
 
 @pytest.mark.parametrize(("error", "rank", "code", "told"), [
     (UserError("a"), "0", 2, True), (RunError("a"), "0", 1, True), (UserError("a"), "1", 2, False),
-    (RunError("a"), "1", 1, False), (train.BadFilesError("a"), "1", 2, True),
-    (train.ServerGoneError("a"), "1", 1, True), (train.PeerError("a"), "1", 1, True),
+    (RunError("a"), "1", 1, False), (BadFilesError("a"), "1", 2, True),
+    (ServerGoneError("a"), "1", 1, True), (PeerError("a"), "1", 1, True),
 ])  # fmt: skip
 def test_exit_codes(error, rank, code, told, monkeypatch, capsys):
     """One line for all processes, by the first; what one of them may see alone, it says itself."""
@@ -802,26 +895,26 @@ def test_exit_codes(error, rank, code, told, monkeypatch, capsys):
 
     ended = []
     monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setattr(train, "stop_workers", lambda: ended.append(1))
-    monkeypatch.setattr(train.os, "_exit", leave)  # without waiting for the dead
+    monkeypatch.setattr(engine.errors, "stop_workers", lambda: ended.append(1))
+    monkeypatch.setattr(engine.errors.os, "_exit", leave)  # without waiting for the dead
     with pytest.raises(SystemExit) as stop:
-        train.command_line(lambda: (_ for _ in ()).throw(error))
+        command_line(lambda: (_ for _ in ()).throw(error))
     assert stop.value.code == code and ended
     assert capsys.readouterr().err == ("error: a\n" if told else "")
 
 
 def test_a_command_without_a_mistake_ends_its_loading_processes_too(monkeypatch):
     ended = []
-    monkeypatch.setattr(train, "stop_workers", lambda: ended.append(1))
-    train.command_line(lambda: None)
+    monkeypatch.setattr(engine.errors, "stop_workers", lambda: ended.append(1))
+    command_line(lambda: None)
     with pytest.raises(ZeroDivisionError):
-        train.command_line(lambda: 1 / 0)
+        command_line(lambda: 1 / 0)
     assert ended == [1, 1]
 
 
 def resolved(*flags, world=1):
-    args = train.resolve(train.parse(list(flags)), world)
-    return SimpleNamespace(**train.flat(args), config=train.model_config(args))
+    args = train.resolve(parse(train.Args, flags), world)
+    return SimpleNamespace(**flat(args), config=train.model_config(args))
 
 
 @pytest.mark.parametrize(("flags", "expected"), [
@@ -832,7 +925,7 @@ def resolved(*flags, world=1):
                           crop_scale=(0.08, 1.0), color_jitter=0, min_block=16, run_dir="runs/cae-base")),
     ("--dataset demo", dict(size="nano", image_size=28, patch_size=4, mask_ratio=0.25, min_block=4, lr=8e-2, epochs=10,
                             batch_size=64, effective_batch_size=64, crop_scale=(0.6, 1.0), color_jitter=0,
-                            streaming=True, teacher=str(train.DEMO / "clip_teacher"),
+                            streaming=True, teacher=str(DEMO / "clip_teacher"),
                             run_dir="runs/cae-v2-nano-demo")),
     ("--dataset demo --method cae --size tiny", dict(size="tiny", image_size=28, target="pixels", teacher="",
                                                      mask_ratio=0.5, run_dir="runs/cae-tiny-demo")),
@@ -876,18 +969,18 @@ def test_limits_of_numbers():
     """What must be positive may not be 0; what must not be negative may; None is nobody's mistake."""
     group = SimpleNamespace(some_value=0, other=None)
     with pytest.raises(UserError, match=r"--some-value is 0: it must be positive"):
-        train.require_positive(group, "other", "some_value")
-    train.require_not_negative(group, "other", "some_value")
+        require_positive(group, "other", "some_value")
+    require_not_negative(group, "other", "some_value")
     group.some_value = -1e-9
     with pytest.raises(UserError, match=r"--some-value is -1e-09: it must not be negative"):
-        train.require_not_negative(group, "other", "some_value")
-    train.default(group, "some_value", 5)
-    train.default(group, "other", 5)
+        require_not_negative(group, "other", "some_value")
+    fill(group, "some_value", 5)
+    fill(group, "other", 5)
     assert vars(group) == {"some_value": -1e-9, "other": 5}
 
 
 def test_a_share_of_the_cores(monkeypatch):
-    monkeypatch.setattr(train.os, "sched_getaffinity", lambda pid: range(12), raising=False)
+    monkeypatch.setattr(engine.arguments.os, "sched_getaffinity", lambda pid: range(12), raising=False)
     for processes, cores in (("1", 12), ("4", 3), ("5", 2), ("100", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert cores_per_process() == cores
@@ -897,7 +990,7 @@ def test_a_share_of_the_cores(monkeypatch):
 
 def test_a_run_folder_is_named_after_one_origin():
     def name(checkpoint, size):
-        return train.name_run("knn", SimpleNamespace(checkpoint=checkpoint, random_init=size), data)
+        return default_run_dir("knn", SimpleNamespace(checkpoint=checkpoint, random_init=size), data)
 
     data = SimpleNamespace(dataset="some/ImageNet-1k")
     assert name("runs/a b", None) == "runs/knn-a-b-ImageNet-1k"
@@ -923,12 +1016,15 @@ def test_a_teacher_is_frozen():
 
 
 def test_a_random_encoder_is_that_of_its_seed():
+    def weights_of(model):
+        return fingerprint(model.state_dict())
+
     origin = SimpleNamespace(checkpoint=None, random_init="nano")
     digests = []
     for before, seed in ((1, 5), (2, 5), (1, 6)):
         torch.manual_seed(before)
-        digests.append(train.open_encoder(origin, seed, train.digest, None))
+        digests.append(convert.open_encoder(origin, seed, weights_of, None))
     assert digests[0] == digests[1] != digests[2]
     origin.random_init = "giant"
     with pytest.raises(UserError, match="--random-init giant does not exist: nano, tiny"):
-        train.open_encoder(origin, 5, train.digest, None)
+        convert.open_encoder(origin, 5, weights_of, None)

@@ -1,8 +1,12 @@
-"""Tests of `python cae.py export`: every form is loaded by the library it is for and compared with CAE.encode, which
-test_cae.py compares with written-out formulas and the released implementation."""
+"""Tests of convert.py and its command: every form is loaded by the library it is for and compared with CAE.encode,
+which test_cae.py compares with written-out formulas and the released implementation."""
+
+import engine.files
+from engine.errors import RunError
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +17,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+import torch.nn as nn
 from launch import ROOT, launch, succeeded
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -20,15 +25,13 @@ from timm.models.beit import Beit
 from transformers import AutoImageProcessor, AutoModel, BeitModel, LwDetrViTBackbone
 
 import cae
-from cae import (
-    CAE,
-    CAEConfig,
+import convert
+from cae import CAE, CAEConfig, patch_grid, patchify, sincos_positions
+from convert import (
     Export,
     export,
     load_model,
-    patchify,
     released_name,
-    sincos_positions,
     timm_arguments,
     to_beit,
     to_lw_detr,
@@ -136,7 +139,8 @@ def test_beit_folder(models, runs, tmp_path, capsys, name, size):
 def test_timm_loads_strictly(models, runs, tmp_path, capsys, name, size):
     model, side = models[name], size or CONFIGS[name].image_size
     export(Export(str(runs / name), "timm", str(tmp_path / "timm"), size))
-    said = capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert measured(line) < 1e-5
     arguments = json.loads((tmp_path / "timm" / "config.json").read_text())["model_args"]
     assert arguments == timm_arguments(model, size)
     network = Beit(**arguments).eval()
@@ -145,7 +149,7 @@ def test_timm_loads_strictly(models, runs, tmp_path, capsys, name, size):
     expected = encode(model, images)
     with torch.no_grad():
         close(network.forward_features(images), expected, 1e-5)
-    loaded = eval(said.partition("load it with ")[2], {"timm": timm}).eval()  # what the line says
+    loaded = eval(line.partition("load it with ")[2], {"timm": timm}).eval()  # what the line says
     with torch.no_grad():
         close(loaded(images), expected[:, 0], 1e-5)  # pooled by the class token
     data = timm.data.resolve_data_config({}, model=loaded)
@@ -362,15 +366,13 @@ def test_load_model_of_an_empty_folder(tmp_path):
 @pytest.mark.parametrize("to", TARGETS)
 def test_the_command(runs, onnx_file, tmp_path, monkeypatch, capsys, to):
     """One line on standard output, a whole folder and nothing beside it."""
-    monkeypatch.setattr(cae, "to_onnx", lambda model, path: shutil.copy(onnx_file, path))  # as ever, but in no time
-    command = ["export", "--checkpoint", runs / "other", "--to", to, "--output", tmp_path / "made" / "here"]
+    monkeypatch.setattr(convert, "to_onnx", lambda model, path: shutil.copy(onnx_file, path))  # as ever, but in no time
+    command = ["--checkpoint", runs / "other", "--to", to, "--output", tmp_path / "made" / "here"]
     process = run_main(monkeypatch, capsys, *command)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("\n") == 1 and str(tmp_path / "made" / "here") in process.stdout
-    if to == "timm":
-        assert "timm.create_model(" in process.stdout
-    else:
-        assert measured(process.stdout) < 1e-5 and "32 x 32" in process.stdout
+    assert measured(process.stdout) < 1e-5 and "32 x 32" in process.stdout
+    assert ("timm.create_model(" in process.stdout) == (to == "timm")
     assert "Traceback" not in process.stderr and "shards" not in process.stderr
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["here"]
     files = {path.name for path in (tmp_path / "made" / "here").iterdir()}
@@ -382,28 +384,28 @@ def test_the_command(runs, onnx_file, tmp_path, monkeypatch, capsys, to):
     }[to]
 
 
-def refused(process, *words):
-    """Exit code 2, nothing on standard output, one line on standard error with these words."""
-    assert process.returncode == 2, process.stdout + process.stderr
+def refused(process, *words, code=2):
+    """This exit code, nothing on standard output, one line on standard error with these words."""
+    assert process.returncode == code, process.stdout + process.stderr
     assert process.stdout == "" and process.stderr.count("\n") == 1
     assert process.stderr.startswith("error: ") and all(word in process.stderr for word in words), process.stderr
 
 
 def run_main(monkeypatch, capsys, *command):
     """The command in this process: as a finished process."""
-    monkeypatch.setattr(sys, "argv", ["cae.py", *map(str, command)])
+    monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, command)])
     code = 0
     try:
-        cae.main()
+        convert.main()
     except SystemExit as end:
         code = end.code
-    said = capsys.readouterr()
-    return subprocess.CompletedProcess(command, code, said.out, said.err)
+    printed = capsys.readouterr()
+    return subprocess.CompletedProcess(command, code, printed.out, printed.err)
 
 
 def test_a_real_process(runs, tmp_path):
     """One that succeeds and one that does not. What else can go wrong is run in this one, below."""
-    command = ["cae.py", "export", "--to", "timm", "--output", tmp_path / "out", "--checkpoint"]
+    command = ["convert.py", "--to", "timm", "--output", tmp_path / "out", "--checkpoint"]
     folder = damaged(tmp_path / "broken", runs, "weights cut short")
     refused(launch(*command, folder), str(folder), "damaged")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["broken"]
@@ -413,14 +415,14 @@ def test_a_real_process(runs, tmp_path):
 
 
 def test_a_format_that_is_not_known(runs, tmp_path, monkeypatch, capsys):
-    command = ["export", "--checkpoint", runs / "other", "--output", tmp_path / "out", "--to", "tflite"]
+    command = ["--checkpoint", runs / "other", "--output", tmp_path / "out", "--to", "tflite"]
     process = run_main(monkeypatch, capsys, *command)
     assert process.returncode == 2 and "tflite" in process.stderr and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("to", TARGETS)
 def test_sizes_that_are_refused(runs, tmp_path, monkeypatch, capsys, to):
-    command = ["export", "--checkpoint", runs / "other", "--output", tmp_path / "out", "--to", to, "--image-size"]
+    command = ["--checkpoint", runs / "other", "--output", tmp_path / "out", "--to", to, "--image-size"]
     refused(run_main(monkeypatch, capsys, *command, "36"), "image_size is 36", "patch of 8")
     assert run_main(monkeypatch, capsys, *command, "32", "64").returncode == 2  # squares only
     assert list(tmp_path.iterdir()) == []
@@ -428,13 +430,13 @@ def test_sizes_that_are_refused(runs, tmp_path, monkeypatch, capsys, to):
 
 @pytest.mark.parametrize("checkpoint", ["/no/such/run", "some/thing", "some/thing::a.pth", "two\nlines"])
 def test_checkpoints_that_do_not_exist(tmp_path, monkeypatch, capsys, checkpoint):
-    command = ["export", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--to", "beit"]
+    command = ["--checkpoint", checkpoint, "--output", tmp_path / "out", "--to", "beit"]
     refused(run_main(monkeypatch, capsys, *command), " ".join(checkpoint.split()))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_folder_with_something_in_it_is_left_alone(runs, tmp_path, monkeypatch, capsys):
-    command = ["export", "--checkpoint", runs / "other", "--to", "timm", "--output"]
+    command = ["--checkpoint", runs / "other", "--to", "timm", "--output"]
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("mine")
     refused(run_main(monkeypatch, capsys, *command, tmp_path / "full"), "full", "no empty folder")
@@ -452,7 +454,7 @@ def test_weights_that_are_not_numbers(tmp_path, monkeypatch, capsys):
     with torch.no_grad():
         model.encoder.norm.bias[0] = math.nan  # one channel of many
     model.save_pretrained(tmp_path / "model")
-    command = ["export", "--checkpoint", tmp_path / "model", "--output", tmp_path / "out", "--to", "timm"]
+    command = ["--checkpoint", tmp_path / "model", "--output", tmp_path / "out", "--to", "timm"]
     refused(run_main(monkeypatch, capsys, *command), str(tmp_path / "model"), "not finite")
     assert not (tmp_path / "out").exists()
 
@@ -460,48 +462,200 @@ def test_weights_that_are_not_numbers(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_onnx_without_its_packages(runs, tmp_path, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)  # import raises
-    command = ["export", "--checkpoint", runs / "other", "--output", tmp_path / "out", "--to", "onnx"]
+    command = ["--checkpoint", runs / "other", "--output", tmp_path / "out", "--to", "onnx"]
     refused(run_main(monkeypatch, capsys, *command), package, "pip install onnx onnxscript")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_onnx_without_onnxruntime_is_written_and_not_measured(runs, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.setattr(cae, "to_onnx", lambda model, path: path.write_bytes(b"graph"))  # as ever, but in no time
+    monkeypatch.setattr(convert, "to_onnx", lambda model, path: path.write_bytes(b"graph"))  # as ever, but in no time
     export(Export(str(runs / "other"), "onnx", str(tmp_path / "out")))
     assert "not read back, which needs pip install onnxruntime" in capsys.readouterr().out
     assert (tmp_path / "out" / "model.onnx").read_bytes() == b"graph"
 
 
-def test_a_wrong_export_is_never_published(runs, tmp_path, monkeypatch):
+def test_timm_without_timm_is_written_and_not_measured(runs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    export(Export(str(runs / "other"), "timm", str(tmp_path / "out")))
+    line = capsys.readouterr().out
+    assert "not read back, which needs pip install timm; load it with timm.create_model(" in line
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(("to", "name"), [("beit", "layernorm.bias"), ("timm", "norm.bias")])
+def test_a_wrong_export_is_never_published(runs, tmp_path, monkeypatch, capsys, to, name):
     """The folder is read back before it gets its name."""
-    right = cae.to_beit
+    right = getattr(convert, f"to_{to}")
 
     def wrong(model, size):
-        beit = right(model, size)
+        made = right(model, size)
         with torch.no_grad():
-            beit.layernorm.bias[0] += 0.1
-        return beit
+            (made if to == "timm" else made.state_dict())[name][0] += 0.1
+        return made
 
-    monkeypatch.setattr(cae, "to_beit", wrong)
-    with pytest.raises(RuntimeError, match=r"1\.0e-01 off: not written"):
-        export(Export(str(runs / "other"), "beit", str(tmp_path / "out")))
+    monkeypatch.setattr(convert, f"to_{to}", wrong)
+    with pytest.raises(RunError, match=r"1\.0e-01 off: not written"):
+        export(Export(str(runs / "other"), to, str(tmp_path / "out")))
+    command = ["--checkpoint", runs / "other", "--output", tmp_path / "out", "--to", to]
+    refused(run_main(monkeypatch, capsys, *command), "1.0e-01 off: not written", code=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_everything_is_on_the_disk_before_it_gets_its_name(runs, tmp_path, monkeypatch):
     events = []
-    fsync, rename = cae.fsync, Path.rename
-    monkeypatch.setattr(cae, "fsync", lambda path: (events.append(str(path)), fsync(path)))
-    monkeypatch.setattr(Path, "rename", lambda path, to: (events.append("rename"), rename(path, to)))
+    fsync, replace = engine.files.fsync, Path.replace
+    monkeypatch.setattr(engine.files, "fsync", lambda path: (events.append(str(path)), fsync(path)))
+    monkeypatch.setattr(Path, "replace", lambda path, to: (events.append("replace"), replace(path, to)))
     export(Export(str(runs / "other"), "timm", str(tmp_path / "out")))
-    before, after = events[: events.index("rename")], events[events.index("rename") + 1 :]
+    before, after = events[: events.index("replace")], events[events.index("replace") + 1 :]
     assert {Path(path).name for path in before} == {"config.json", "model.safetensors", "out"}
     assert after == [str(tmp_path)]
 
 
-def test_importing_cae_stays_light():
-    heavy = "{'transformers', 'tyro', 'onnx', 'onnxscript', 'timm', 'torchvision'}"
-    code = f"import sys, cae; heavy = {heavy} & set(sys.modules); assert not heavy, heavy"
+# -------------------------------------------------------- encoders that somebody has changed: nothing is lost unnoticed
+
+
+class WithRegisters(cae.Encoder):
+    """Two register tokens behind the class token, which do not leave the encoder."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_tokens = nn.Parameter(torch.zeros(1, 2, config.dim))
+
+    def forward(self, images, index=None, stochastic=True):
+        x = self.patch_embed(patchify(images, self.patch_size)) + self.positions(patch_grid(images, self.patch_size))
+        tokens = [self.class_token, self.register_tokens]
+        x = torch.cat([*(token.expand(x.shape[0], -1, -1) for token in tokens), x], dim=1)
+        for block in self.blocks:
+            x = block(x, stochastic)
+        x = self.norm(x)
+        return torch.cat([x[:, :1], x[:, 3:]], dim=1)
+
+
+class WithUntrainedRegisters(WithRegisters):
+    """The same, and nothing of it in the state dict."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        del self.register_tokens
+        self.register_buffer("register_tokens", torch.ones(1, 2, config.dim), persistent=False)
+
+
+class OfOtherImages(cae.Encoder):
+    def forward(self, images, index=None, stochastic=True):
+        return super().forward(images.flip(-1), index, stochastic)
+
+
+class WithAnotherToken(cae.Encoder):
+    def forward(self, images, index=None, stochastic=True):
+        x = super().forward(images, index, stochastic)
+        return torch.cat([x, x.mean(dim=1, keepdim=True)], dim=1)
+
+
+class OfNarrowMLPs(cae.Encoder):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.blocks:
+            block.mlp.fc1, block.mlp.fc2 = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
+
+
+@pytest.fixture
+def changed(request, monkeypatch, tmp_path):
+    """A model/ folder of CAE with the encoder class that is the test's parameter, and the model."""
+    monkeypatch.setattr(cae, "Encoder", request.param)
+    model = perturbed(CONFIGS["nano"])
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model
+
+
+def exported(monkeypatch, capsys, checkpoint, to):
+    """The finished command, and its folder, which only success leaves behind."""
+    output = checkpoint.parent / "out"
+    process = run_main(monkeypatch, capsys, "--checkpoint", checkpoint, "--output", output, "--to", to)
+    others = {path.name for path in checkpoint.parent.iterdir()} - {checkpoint.name}
+    assert others == ({"out"} if process.returncode == 0 else set())
+    return process, output
+
+
+TABLES = [("beit", to_beit), ("timm", to_timm), ("lw-detr", to_lw_detr)]
+
+
+@pytest.mark.parametrize("changed", [WithRegisters], indirect=True)
+@pytest.mark.parametrize(("to", "make"), TABLES)
+def test_a_parameter_too_many(changed, monkeypatch, capsys, to, make):
+    checkpoint, model = changed
+    assert model.encoder.register_tokens.abs().sum() > 0
+    with pytest.raises(ValueError, match="no room for the encoder's register_tokens") as error:
+        make(model)
+    assert "\n" not in str(error.value)
+    refused(exported(monkeypatch, capsys, checkpoint, to)[0], "register_tokens")
+
+
+@pytest.mark.parametrize(("to", "make"), TABLES)
+@pytest.mark.parametrize("name", ["extra", "blocks.1.attn.relative_position_bias_table"])
+def test_a_parameter_too_many_anywhere(to, make, name):
+    model = perturbed(CONFIGS["nano"])
+    owner, _, own = name.rpartition(".")
+    model.encoder.get_submodule(owner).register_parameter(own, nn.Parameter(torch.zeros(3)))
+    with pytest.raises(ValueError, match=f"no room for the encoder's {name}:"):
+        make(model)
+
+
+@pytest.mark.parametrize(("to", "make"), TABLES)
+@pytest.mark.parametrize("name", ["norm.bias", "class_token", "blocks.1.scale1", "blocks.3.mlp.fc2.weight"])
+def test_a_parameter_too_few(to, make, name):
+    model = perturbed(CONFIGS["nano"])
+    owner, _, own = name.rpartition(".")
+    delattr(model.encoder.get_submodule(owner), own)
+    with pytest.raises(ValueError, match=f"the encoder has no {name}"):
+        make(model)
+
+
+@pytest.mark.parametrize("changed", [OfNarrowMLPs], indirect=True)
+@pytest.mark.parametrize(("to", "make"), TABLES)
+def test_a_parameter_of_another_shape(changed, monkeypatch, capsys, to, make):
+    process, _ = exported(monkeypatch, capsys, changed[0], to)
+    refused(process, "mlp" if to != "lw-detr" else "intermediate", code=1 if to == "timm" else 2)
+
+
+@pytest.mark.parametrize("changed", [WithUntrainedRegisters, OfOtherImages, WithAnotherToken], indirect=True)
+@pytest.mark.parametrize("to", ["beit", "timm", "lw-detr"])
+def test_a_forward_that_no_table_tells(changed, monkeypatch, capsys, to):
+    """What is read back is compared with the encoder's own forward, LW-DETR's features too."""
+    refused(exported(monkeypatch, capsys, changed[0], to)[0], "read back", "not written", code=1)
+
+
+@pytest.mark.parametrize("changed", [WithRegisters], indirect=True)
+def test_onnx_of_a_changed_encoder(changed, monkeypatch, capsys):
+    """A graph is traced from whatever the forward does."""
+    checkpoint, model = changed
+    process, folder = exported(monkeypatch, capsys, checkpoint, "onnx")
+    assert process.returncode == 0 and measured(process.stdout) < 1e-4
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    images = images_of(3, 20, 28)
+    (tokens,) = session.run(["tokens"], {"images": images.numpy()})
+    close(torch.from_numpy(tokens), encode(model, images), 1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------------- importing
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"), [("cae", {"engine", "convert"}), ("convert", {"engine.frozen"})]
+)
+def test_importing_stays_light(module, absent):
+    """`python convert.py --help` and a wrong flag cost little beyond torch itself."""
+    absent = absent | {"transformers", "tyro", "onnx", "onnxscript", "timm", "torchvision", "datasets", "accelerate"}
+    code = f"import sys, {module}; found = {absent} & set(sys.modules); assert not found, found"
     process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
+
+
+def test_the_environment_is_set_before_torch():
+    """OMP_WAIT_POLICY has no effect on a torch that is there already."""
+    code = "import os, sys\nsys.modules['torch'] = None\ntry:\n    import convert\nexcept ImportError:\n"
+    code += "    print(os.environ['OMP_WAIT_POLICY'])"
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    process = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert process.stdout == "PASSIVE\n", process.stderr

@@ -1,5 +1,17 @@
 """What a run survives: kills, signals, dead processes, full disks, damaged checkpoints, losses that are not finite."""
 
+import engine.checkpoints
+import engine.network
+import engine.run
+from engine.arguments import DEMO, DataArgs, RunArgs, parse
+from engine.checkpoints import checkpoints, damage
+from engine.errors import RunError, UserError, command_line, stop_workers
+from engine.files import replace_files
+from engine.log import Log
+from engine.network import NetworkError
+from engine.run import finite, make_accelerator, step_unless
+from engine.stream import ShardChunks
+
 import errno
 import itertools
 import json
@@ -23,7 +35,6 @@ from launch import command_of, environment_of, launch, log_of, succeeded
 from safetensors.torch import load_file, save_file
 
 import train
-from train import RunError, UserError, checkpoints, damage, publish_files
 
 FLAGS = ["--dataset", "demo", "--steps", "8", "--checkpoint-every", "3", "--log-every", "1", "--batch-size", "8",
          "--effective-batch-size", "16", "--workers", "0", "--drop-path", "0.3"]  # fmt: skip
@@ -32,9 +43,9 @@ FLAGS = ["--dataset", "demo", "--steps", "8", "--checkpoint-every", "3", "--log-
 def run(run_dir, *flags):
     """train.py in this process."""
     try:
-        train.train(train.parse([*FLAGS, "--run-dir", str(run_dir), *map(str, flags)]))
+        train.train(parse(train.Args, [*FLAGS, "--run-dir", str(run_dir), *map(str, flags)]))
     finally:
-        train.stop_workers()  # as the script does
+        stop_workers()  # as the script does
 
 
 def steps_of(run_dir):
@@ -60,14 +71,14 @@ def copy_of(reference, folder, last=None):
 
 def after_step(monkeypatch, step, act):
     """Call act() once the log has the line of this step."""
-    write = train.Log.write
+    write = Log.write
 
     def wrapped(self, values, *options):
         write(self, values, *options)
         if values["step"] == step:
             act()
 
-    monkeypatch.setattr(train.Log, "write", wrapped)
+    monkeypatch.setattr(Log, "write", wrapped)
 
 
 # ---------------------------------------------------------------------------------------------------------------- kills
@@ -110,7 +121,7 @@ def test_whatever_is_read_a_stopped_run_ends_as_the_whole_one(kind, flags, stops
     write = {"tar": lambda: write_tars(tmp_path / kind, (43, 37, 41), encode=encode),
              "parquet": lambda: write_parquet(tmp_path / kind, (43, 37, 41), group=9, encode=encode),
              "folder": lambda: write_folder(tmp_path / kind, 121, encode=encode)}[kind]  # fmt: skip
-    flags = ["--dataset", str(write()), "--size", "nano", "--teacher", str(train.DEMO / "clip_teacher"), *flags]
+    flags = ["--dataset", str(write()), "--size", "nano", "--teacher", str(DEMO / "clip_teacher"), *flags]
     run(tmp_path / "whole", *flags)
     last = log_of(tmp_path / "whole")[-1]
     assert last["epoch"] > 1 and last["skipped"] == ("--parts" not in flags)
@@ -131,11 +142,11 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(workers, tmp_pa
         if not gone:
             yield from itertools.islice(read(*args), 90)
         gone.append(1)
-        raise train.NetworkError("connection refused")
+        raise NetworkError("connection refused")
 
     with monkeypatch.context() as patch:
-        read = train.ShardChunks.read
-        patch.setattr(train.ShardChunks, "read", dies)
+        read = ShardChunks.read
+        patch.setattr(ShardChunks, "read", dies)
         with pytest.raises(RunError, match=r"has been away for .* minutes \(--patience\).*; .* continues from .*step_"):
             run(tmp_path / "run", *flags, "--checkpoint-every", "8", "--patience", "0.001")
     assert steps_of(tmp_path / "run") == [last_step(tmp_path / "run")]
@@ -150,16 +161,16 @@ def test_a_signal_is_heard_while_a_server_is_away(workers, reference, tmp_path, 
         time.sleep(1000)
 
     with monkeypatch.context() as patch:
-        rows = train.ShardChunks.rows
-        patch.setattr(train.ShardChunks, "rows", lambda *a: itertools.chain(itertools.islice(rows(*a), 100),
-                                                                            iter(hang, None)))  # fmt: skip
+        rows = ShardChunks.rows
+        patch.setattr(ShardChunks, "rows", lambda *a: itertools.chain(itertools.islice(rows(*a), 100),
+                                                                      iter(hang, None)))  # fmt: skip
         after_step(patch, 4, lambda: threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start())
         with pytest.raises(SystemExit) as caught:
             run(tmp_path / "run", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
     assert caught.value.code == 0 and "stopped by SIGTERM after step" in capsys.readouterr().out
     last = steps_of(tmp_path / "run")[-1]
     assert last_step(tmp_path / "run") == last < 8
-    train.stop_workers()
+    stop_workers()
     run(tmp_path / "run", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
     run(tmp_path / "whole", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
     assert_same(tmp_path / "run", tmp_path / "whole")
@@ -210,20 +221,22 @@ def two_processes(run_dir, *flags, script="train.py"):
     command = command_of(script, *FLAGS, "--steps", "2000", "--run-dir", run_dir, *flags)
     return [subprocess.Popen(command, env=environment_of(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
                                                          LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost",
-                                                         MASTER_PORT=str(port), PYTHONPATH=str(train.DEMO.parent)),
-                             cwd=train.DEMO.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                                         MASTER_PORT=str(port), PYTHONPATH=str(DEMO.parent)),
+                             cwd=DEMO.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
             for rank in range(2)]  # fmt: skip
 
 
 # Six seconds between steps; at the start, of which a busy machine makes a minute, the default's minutes.
 IMPATIENT = """
+import engine.run
+
 import train
 
-class Impatient(train.Peers):
+class Impatient(engine.run.Peers):
     def __init__(self, processes, minutes):
         super().__init__(processes, 0.1)
 
-train.Peers = Impatient
+engine.run.Peers = Impatient
 train.main()
 """
 
@@ -255,17 +268,22 @@ def test_a_process_that_never_comes_is_told_in_one_line(monkeypatch, capsys):
         raise torch.distributed.DistNetworkError("The client socket has timed out after 600000ms\nsome advice")
 
     with pytest.raises(SystemExit):
-        train.command_line(alone)
+        command_line(alone)
     error = capsys.readouterr().err
     assert left == [1] and len(error.splitlines()) == 1 and "has died or does not answer (The client socket" in error
 
 
 def test_processes_wait_for_each_other_as_long_as_asked(tmp_path, monkeypatch):
-    waits, peers = [], train.Peers
-    monkeypatch.setattr(train, "Peers", lambda processes, minutes: waits.append(minutes) or peers(processes, minutes))
+    waits, peers = [], engine.run.Peers
+
+    def recorded(processes, minutes):
+        waits.append(minutes)
+        return peers(processes, minutes)
+
+    monkeypatch.setattr(engine.run, "Peers", recorded)
     run(tmp_path, "--steps", "1", "--timeout", "3", "--patience", "4")
-    args = train.parse(["--timeout", "3", "--patience", "4"])
-    accelerator, _ = train.make_accelerator(args.run, args.data)
+    args = parse(train.Args, ["--timeout", "3", "--patience", "4"])
+    accelerator, _ = make_accelerator(args.run, args.data)
     assert waits == [7] and accelerator.init_handler.timeout.total_seconds() == 420
 
 
@@ -287,7 +305,8 @@ def test_bad_files_of_one_process_end_both_with_a_checkpoint(tmp_path):
     process = launch("train.py", *flags, *FLAGS[4:], "--steps", "40", "--checkpoint-every", "30",
                      "--effective-batch-size", "32", "--run-dir", tmp_path / "run", processes=2)  # fmt: skip
     assert process.returncode != 0
-    assert process.stderr.count("files that this process read could not be used, more than 1 %") == 1, process.stderr
+    message = f"files that this process read of {tmp_path / 'data'} could not be used, more than 1 %"
+    assert process.stderr.count(message) == 1, process.stderr
     step = last_step(tmp_path / "run")
     assert steps_of(tmp_path / "run") == [step] and damage(checkpoints(tmp_path / "run")[-1]) is None
     assert f"the same command continues from {checkpoints(tmp_path / 'run')[-1]}" in process.stderr
@@ -358,7 +377,7 @@ def test_last_checkpoints_and_milestones_are_kept(tmp_path):
 
 def test_a_reader_always_finds_a_whole_model(tmp_path):
     """While the files are replaced over and over, each load gives one of the models, never a mixture or an error."""
-    publish_files(tmp_path / "model", lambda folder: save_file({"w": torch.full((50_000,), 0.0)}, folder / "w"))
+    replace_files(tmp_path / "model", lambda folder: save_file({"w": torch.full((50_000,), 0.0)}, folder / "w"))
     ends, seen, trouble = threading.Event(), set(), []
 
     def read():
@@ -372,7 +391,7 @@ def test_a_reader_always_finds_a_whole_model(tmp_path):
     reader.start()
     for i in range(100):
         weights = torch.full((50_000,), float(i))
-        publish_files(tmp_path / "model", lambda folder: save_file({"w": weights}, folder / "w"))  # noqa: B023
+        replace_files(tmp_path / "model", lambda folder: save_file({"w": weights}, folder / "w"))  # noqa: B023
     ends.set()
     reader.join()
     assert not trouble and len(seen) > 3 and all(len(values) == 1 for values in seen)
@@ -406,10 +425,10 @@ def test_a_model_that_could_not_be_written_is_made_up_for(tmp_path, monkeypatch,
     def fails(*args):
         if failures:
             raise failures.pop()
-        publish_files(*args)
+        replace_files(*args)
 
-    monkeypatch.setattr(train, "publish_files", fails)
-    monkeypatch.setattr(train, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(engine.checkpoints, "replace_files", fails)
+    monkeypatch.setattr(engine.network, "FIRST_PAUSE", 0.01)
     run(tmp_path / "run", "--checkpoint-every", "8")
     assert capfd.readouterr().err.count("could not be written: [Errno 28]") == 2 and not failures
     assert steps_of(tmp_path / "run") == [8] and not list(tmp_path.rglob("*.tmp"))
@@ -462,7 +481,7 @@ def test_fewer_processes_continue_with_the_same_images_and_losses(tmp_path):
     for ours, theirs in zip(log_of(one), log_of(two), strict=True):
         assert (ours["step"], ours["seen"], ours["skipped"]) == (theirs["step"], theirs["seen"], theirs["skipped"])
         assert abs(ours["loss"] - theirs["loss"]) < 1e-5 and abs(ours["grad_norm"] - theirs["grad_norm"]) < 1e-5
-    args = train.parse([*FLAGS, "--run-dir", str(one), *more])
+    args = parse(train.Args, [*FLAGS, "--run-dir", str(one), *more])
     args.data.batch_size = None
     assert train.resolve(args, 1).data.parts == 2 and train.resolve(args, 1).data.batch_size == 8
     with pytest.raises(UserError, match="--parts 2 of the run that is resumed cannot be shared by 3 processes: use 1"):
@@ -483,8 +502,11 @@ def test_more_processes_take_over_parts_that_one_began(tmp_path):
 
 
 def test_a_changed_recipe_is_shown_and_refused_unless_asked_for(reference, tmp_path, capsys):
+    """More steps need no leave: of them test_forks.py tells."""
     folder = copy_of(reference, tmp_path / "run", last=6)
-    with pytest.raises(UserError, match=r"configuration \(lr 0.08 -> 0.01; steps 8 -> 10\).*--resume-changed"):
+    with pytest.raises(UserError, match=r"configuration \(lr 0.08 -> 0.01; steps 8 -> 7\).*--resume-changed"):
+        run(folder, "--steps", "7", "--lr", "0.01")
+    with pytest.raises(UserError, match=r"configuration \(lr 0.08 -> 0.01\).*--resume-changed"):
         run(folder, "--steps", "10", "--lr", "0.01")
     assert steps_of(folder) == [3, 6]
     run(folder, "--steps", "10", "--lr", "0.01", "--resume-changed")
@@ -586,7 +608,7 @@ def test_half_precision_with_a_scaler(tmp_path, monkeypatch):
 
 def test_a_skipped_step_changes_nothing():
     torch.manual_seed(0)
-    accelerator, _ = train.make_accelerator(train.RunArgs(run_dir="unused"), train.DataArgs())
+    accelerator, _ = make_accelerator(RunArgs(run_dir="unused"), DataArgs())
     model = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.5, fused=True)
     model, optimizer = accelerator.prepare(model, optimizer)
@@ -596,8 +618,7 @@ def test_a_skipped_step_changes_nothing():
         if bad:
             model.weight.grad[0, 0] = float("inf")
         norm = accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        train.skip_if(~torch.isfinite(norm), accelerator, optimizer)
-        optimizer.step()
+        step_unless(~torch.isfinite(norm), optimizer, accelerator.scaler)
         optimizer.zero_grad()
         state = [value.clone() for entry in optimizer.state.values() for value in entry.values()]
         return [p.detach().clone() for p in model.parameters()] + state
@@ -620,9 +641,9 @@ def test_many_bad_steps_in_a_row_end_the_run_at_its_last_good_checkpoint(referen
 
 def test_a_loss_that_is_not_finite_on_one_process_skips_the_step_on_all():
     loss = torch.tensor([2.0, float("nan"), float("inf"), float("-inf")])
-    assert torch.equal(train.finite(loss).isnan(), torch.tensor([False, True, True, True]))
-    assert train.finite(loss)[0] == 1
+    assert torch.equal(finite(loss).isnan(), torch.tensor([False, True, True, True]))
+    assert finite(loss)[0] == 1
     weight = torch.tensor(3.0, requires_grad=True)
     overflow = (weight * 1e38) * 10  # inf, with a finite gradient of its own
-    (overflow * train.finite(overflow)).backward()
+    (overflow * finite(overflow)).backward()
     assert not torch.isfinite(weight.grad)

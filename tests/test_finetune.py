@@ -1,5 +1,12 @@
 """finetune.py: the model against the encoder it starts from, groups, views, what transformers makes of the result."""
 
+from engine.arguments import ImagesArgs, LabelArgs, parse
+from engine.checkpoints import checkpoints
+from engine.errors import ServerGoneError, UserError
+from engine.images import CenterCrop, decode
+from engine.log import Log
+from engine.sources import names_classes, open_labelled
+
 import io
 import json
 import os
@@ -28,10 +35,9 @@ from transformers import (
 )
 
 import finetune
-import train
-from cae import CAE, CAEConfig, sincos_positions, to_beit
+from cae import CAE, CAEConfig, sincos_positions
+from convert import to_beit
 from finetune import Classify, ModelArgs, TrainView, build_model, erase, load_origin, mixing, parameter_groups
-from train import CenterCrop, UserError
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -201,7 +207,7 @@ def test_layer_decay_of_a_model_of_twelve_blocks():
 
 
 def recipe(*flags):
-    args = train.parse(["--checkpoint", "x", *flags], kind=Classify)
+    args = parse(Classify, ["--checkpoint", "x", *flags])
     origin = finetune.of_cae(CAE(CAEConfig.from_size("tiny", depth=12)), "here")
     return finetune.resolve(args, origin)
 
@@ -248,12 +254,12 @@ def test_mixing():
 
 
 def test_every_argument_is_used():
-    assert_used([Classify], [finetune, train])
+    assert_used([Classify], finetune)
 
 
 def test_every_argument_is_documented_and_grouped(capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse(["--help"], kind=Classify)
+        parse(Classify, ["--help"])
     assert stop.value.code == 0
     assert_documented(Classify, capsys.readouterr().out)
 
@@ -273,7 +279,7 @@ def test_recipes(method, size, expected):
 
     Encoder.config.image_size, Encoder.config.patch_size = 224, 16
     origin = finetune.Origin(Encoder, None, None, method, size, "here")
-    args = finetune.resolve(train.parse(["--checkpoint", "x"], kind=Classify), origin)
+    args = finetune.resolve(parse(Classify, ["--checkpoint", "x"]), origin)
     r = args.recipe
     assert (r.lr, r.layer_decay, args.run.epochs, args.data.effective_batch_size, r.warmup_epochs, r.label_smoothing,
             r.mixup, r.cutmix, args.model.drop_path) == pytest.approx(expected)  # fmt: skip
@@ -306,7 +312,7 @@ def tuned(clothes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "run"
     command = ["--random-init", "nano", "--dataset", clothes, "--steps", "90", "--effective-batch-size", "32", "--lr",
                "6e-2", "--eval-every", "3", "--workers", "0", "--run-dir", folder]  # fmt: skip
-    finetune.classify(train.parse([str(word) for word in command], kind=Classify))
+    finetune.classify(parse(Classify, [str(word) for word in command]))
     return folder, json.loads((folder / "result.json").read_text())
 
 
@@ -345,10 +351,10 @@ def test_the_pipeline_sees_what_our_evaluation_sees(tuned, tmp_path, size):
     image.save(tmp_path / "x.jpg", quality=95)
     classify = pipeline("image-classification", str(folder / "model"), top_k=10, function_to_apply="none")
     theirs = {row["label"]: row["score"] for row in classify(str(tmp_path / "x.jpg"))}
-    view = CenterCrop(28, 1.0)(train.decode((tmp_path / "x.jpg").read_bytes()), 0)[0]
+    view = CenterCrop(28, 1.0)(decode((tmp_path / "x.jpg").read_bytes()), 0)[0]
     model = AutoModelForImageClassification.from_pretrained(folder / "model").eval()
     with torch.no_grad():
-        logits = model(finetune.look(view[None], torch.device("cpu"))).logits[0]
+        logits = model(finetune.to_input(view[None])).logits[0]
     assert set(theirs) == set(model.config.label2id) and "sneaker" in " ".join(theirs)
     ours = torch.stack([logits[model.config.label2id[name]] for name in theirs])
     torch.testing.assert_close(torch.tensor(list(theirs.values())), ours, rtol=0, atol=0.03)
@@ -361,8 +367,8 @@ def test_the_processor_of_large_images_is_256_to_224():
     theirs = processor(image, return_tensors="pt")["pixel_values"][0]
     file = io.BytesIO()
     image.save(file, "PNG")
-    view = CenterCrop(224, 0.875)(train.decode(file.getvalue()), 0)[0]
-    ours = finetune.look(view[None], torch.device("cpu"))[0]
+    view = CenterCrop(224, 0.875)(decode(file.getvalue()), 0)[0]
+    ours = finetune.to_input(view[None])[0]
     assert theirs.shape == (3, 224, 224)
     assert (theirs - ours).abs().max() < 0.05, "one step of 255 is 0.018 of a standard deviation"
 
@@ -400,9 +406,9 @@ def test_eval_only_of_numbers_as_labels_of_which_the_split_has_some(run, tmp_pat
     table = pq.read_table(next((tmp_path / "data").glob("test-*.parquet")))
     (tmp_path / "some").mkdir()
     pq.write_table(table.filter(pc.field("label") == 0), tmp_path / "some" / "test.parquet")
-    source = finetune.open_labelled(train.ImagesArgs(dataset=str(tmp_path / "some"), workers=0),
-                                    train.LabelArgs(val_split="test"), learn=False)[1]  # fmt: skip
-    assert source.classes == ["0"] and not finetune.names_classes(source)
+    some = ImagesArgs(dataset=str(tmp_path / "some"), workers=0)
+    source = open_labelled(some, LabelArgs(val_split="test"), learn=False)[1]
+    assert source.classes == ["0"] and not names_classes(source)
     run("--checkpoint", tmp_path / "tuned", "--eval-only", dataset=tmp_path / "some", run_dir=tmp_path / "e")
     assert json.loads((tmp_path / "e" / "result.json").read_text())["classes"] == 2
 
@@ -472,8 +478,8 @@ def test_a_signal_leaves_a_checkpoint_and_the_result_to_the_resumed_run(run, tmp
     flags = (*SMALL, "--steps", 6, "--checkpoint-every", 6, "--eval-every", 0.1, "--batch-size", 16)
     whole, _ = run(*flags, run_dir=tmp_path / "whole")
     with monkeypatch.context() as patch:
-        write = train.Log.write
-        patch.setattr(train.Log, "write", lambda log, line, shown: (
+        write = Log.write
+        patch.setattr(Log, "write", lambda log, line, shown: (
             write(log, line, shown), line["step"] == 4 and os.kill(os.getpid(), signal.SIGTERM)))  # fmt: skip
         with pytest.raises(SystemExit) as caught:
             run(*flags, run_dir=tmp_path / "run")
@@ -490,19 +496,19 @@ def test_an_evaluation_that_fails_is_made_up_for(run, tmp_path, monkeypatch, cap
     assert len(evaluations) > 2 and evaluations[-1] == 6
     fails_at, calls = (1 if nth == 1 else len(evaluations)), []
 
-    def images_of(*args):
+    def batches(*args):
         calls.append(1)
         if len(calls) == fails_at:
-            raise train.ServerGoneError("the server has been away")
+            raise ServerGoneError("the server has been away")
         return original(*args)
 
-    original = finetune.images_of
+    original = finetune.evaluation_batches
     with monkeypatch.context() as patch:
-        patch.setattr(finetune, "images_of", images_of)
+        patch.setattr(finetune, "evaluation_batches", batches)
         with pytest.raises(SystemExit) as caught:
             run(*flags, run_dir=tmp_path / "run")
     assert caught.value.code == 1 and "error: the server has been away" in capsys.readouterr().err
-    assert [path.name for path in train.checkpoints(tmp_path / "run")] == [f"step_{evaluations[fails_at - 1]:08d}"]
+    assert [path.name for path in checkpoints(tmp_path / "run")] == [f"step_{evaluations[fails_at - 1]:08d}"]
     assert_same_result(run(*flags, run_dir=tmp_path / "run")[0], whole, tmp_path / "run", tmp_path / "whole")
 
 
@@ -531,7 +537,7 @@ def test_upload_with_the_call_replaced(run, monkeypatch, tmp_path):
             calls.append((repo_id, {path.name for path in Path(folder_path).iterdir()}))
             return f"https://hub/{repo_id}"
 
-    monkeypatch.setattr(finetune, "HfApi", Api)
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
     result, _ = run(*SMALL, "--steps", 1, "--push-to-hub", "me/clothes")
     assert result["hub"] == "https://hub/me/clothes" and calls[0] == ("create", "me/clothes")
     assert calls[1][0] == "me/clothes" and {"config.json", "model.safetensors", "README.md"} <= calls[1][1]

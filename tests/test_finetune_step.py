@@ -1,5 +1,8 @@
 """finetune.py's step against a loop that is written out here: views, mixing, losses, clipping, AdamW, the average."""
 
+from engine.arguments import parse
+from engine.stream import Stream
+
 import copy
 import math
 import re
@@ -15,7 +18,6 @@ from torchvision.transforms import v2
 from transformers import AutoModelForImageClassification
 
 import finetune
-import train
 from cae import CAE, CAEConfig
 
 TRAIN, TEST = range(53), range(1000, 1061)
@@ -86,7 +88,7 @@ def test_the_steps_are_those_of_a_plain_loop(data, tmp_path, monkeypatch, capsys
     more += ["--steps", steps, "--lr", lr, "--layer-decay", decay, "--label-smoothing", smoothing, "--ema", ema,
              "--clip-grad", clip, "--min-lr", final, "--drop-path", drop_path, "--batch-size", size,
              "--effective-batch-size", effective, "--weight-decay", 0.9, "--eval-every", every]  # fmt: skip
-    batches, take, calls, cross_entropy = [], train.Stream.__next__, [], F.cross_entropy
+    batches, take, calls, cross_entropy = [], Stream.__next__, [], F.cross_entropy
 
     def recorded(stream):
         batches.append(take(stream))
@@ -97,7 +99,7 @@ def test_the_steps_are_those_of_a_plain_loop(data, tmp_path, monkeypatch, capsys
         bad = everything and len(calls) == 8  # the fourth step's second
         return cross_entropy(*inputs, **options) + (math.inf if bad else 0.0)
 
-    monkeypatch.setattr(train.Stream, "__next__", recorded)
+    monkeypatch.setattr(Stream, "__next__", recorded)
     monkeypatch.setattr(F, "cross_entropy", broken)
     result, _ = call(monkeypatch, capsys, finetune, "classify", "--checkpoint", data / "start", "--dataset",
                      data / "data", *FLAGS, *more, run_dir=tmp_path / "run")  # fmt: skip
@@ -185,7 +187,7 @@ def test_eval_only_is_that_of_a_plain_loop(data, tmp_path, monkeypatch, capsys):
 
 
 def test_the_warm_up_is_at_most_a_tenth_of_the_run():
-    args = train.parse(["--random-init", "nano", "--epochs", "8"], kind=finetune.Classify)
+    args = parse(finetune.Classify, ["--random-init", "nano", "--epochs", "8"])
     assert finetune.resolve(args, finetune.load_origin(args.model)).recipe.warmup_epochs == 0.8
 
 

@@ -1,5 +1,12 @@
 """Streams over HTTP, from a server that fails by script: nothing is lost, nothing comes twice, no wait is endless."""
 
+import engine.network
+from engine.arguments import DataArgs
+from engine.errors import BadFilesError, ServerGoneError, UserError
+from engine.network import HubFile, HubFiles
+from engine.sources import open_source
+from engine.stream import ShardChunks, Stream, one_pass
+
 import itertools
 import threading
 from collections import Counter
@@ -13,9 +20,6 @@ import pytest
 from hub import serve
 from images import Numbers, noise_png, write_folder, write_parquet, write_tars
 from launch import launch, log_of, succeeded
-
-import train
-from train import BadFilesError, DataArgs, ServerGoneError, Stream, UserError, one_pass, open_source
 
 COUNTS = (12, 9, 15, 8)
 BATCHES = 20  # of 5 images: two passes and a half
@@ -36,8 +40,8 @@ def on_hub(monkeypatch, tmp_path_factory):
     Nothing is known from earlier tests: with a card in the cache a data set would be waited for that is not there."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("cache")))
     for name, value in (("FIRST_PAUSE", 0.02), ("LONGEST_PAUSE", 0.1), ("TAR_BLOCK", 6000)):
-        monkeypatch.setattr(train, name, value)
-    monkeypatch.setattr(train.HubFile, "DEFAULT_BLOCK_SIZE", 1000)
+        monkeypatch.setattr(engine.network, name, value)
+    monkeypatch.setattr(HubFile, "DEFAULT_BLOCK_SIZE", 1000)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", 0.3)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
@@ -47,8 +51,8 @@ def on_hub(monkeypatch, tmp_path_factory):
 
     @contextmanager
     def start(*args, **options):
-        monkeypatch.setattr(train.HubFiles, "known", {})  # a later server may get the port of an earlier one
-        train.HubFiles.clear_instance_cache()
+        monkeypatch.setattr(HubFiles, "known", {})  # a later server may get the port of an earlier one
+        HubFiles.clear_instance_cache()
         with serve(*args, **options) as (environment, requests):
             here = environment["HF_ENDPOINT"]
             template = here + "/{repo_id}/resolve/{revision}/{filename}"
@@ -88,6 +92,11 @@ def read(stream, batches=BATCHES):
     return [b["ids"].tolist() for b in found], [b["numbers"].tolist() for b in found]
 
 
+def end(stream):
+    """Without its loading processes it gives nothing more."""
+    stream.parts[0].reader.loaders.clear()
+
+
 @pytest.fixture(scope="module")
 def expected(repositories):
     """What comes from the same files without a network."""
@@ -96,7 +105,7 @@ def expected(repositories):
         for workers in (0, 2):
             patched = pytest.MonkeyPatch()
             # on disk Parquet is dealt by row group, on the Hub by file
-            patched.setattr(train.datasets.IterableDataset, "reshard", lambda data: data)
+            patched.setattr(datasets.IterableDataset, "reshard", lambda data: data)
             args = DataArgs(dataset=str(repositories / form), streaming=True, workers=workers, batch_size=5)
             args.shuffle_window, args.interleave = 8, 2
             found[form, workers] = read(Stream(open_source(args), Numbers(), args, seed=3))
@@ -117,10 +126,10 @@ def test_faults_change_nothing(repositories, on_hub, expected, form, kind, worke
         stream = open_stream(workers)
         script.on = True
         found = read(stream)
-        stream.loaders.clear()  # workers that read ahead end while their server is still there
+        end(stream)  # workers that read ahead end while their server is still there
     assert len(script.done) == 4 and min(script.done.values()) >= 2, "every shard has failed, more than once"
     assert found == expected[form, workers]
-    assert stream.place["skipped"] == 0
+    assert stream.skipped == 0
 
 
 @pytest.mark.parametrize("form", ["parquet", "tar"])
@@ -154,7 +163,7 @@ def test_a_server_that_comes_back(repositories, on_hub, expected, form, workers,
         port = int(environment["HF_ENDPOINT"].rsplit(":", 1)[1])
         threading.Timer(0.7, lambda: stack.enter_context(serve(repositories / form, port=port))).start()
         rest = read(stream, BATCHES - 2)
-        stream.loaders.clear()
+        end(stream)
     assert (first[0] + rest[0], first[1] + rest[1]) == expected[form, workers]
     told = capfd.readouterr().err
     assert "waiting for the server of data set some/pictures" in told
@@ -178,11 +187,11 @@ def test_a_server_that_stays_away(repositories, on_hub, expected, form, workers)
     assert "Connection refused" in message and "\n" not in message
     assert len(found[0]) < BATCHES
     state = stream.state_dict()
-    stream.loaders.clear()  # kept by the error, their workers would be waited for in the middle of a later test
+    end(stream)  # kept by the error, their workers would be waited for in the middle of a later test
     with on_hub(repositories / form, port=int(environment["HF_ENDPOINT"].rsplit(":", 1)[1])):
         again = open_stream(workers, state)
         rest = read(again, BATCHES - len(found[0]))
-        again.loaders.clear()
+        end(again)
     assert (found[0] + rest[0], found[1] + rest[1]) == expected[form, workers]
 
 
@@ -194,7 +203,7 @@ class Bytes(Numbers):
 
 
 def test_a_place_in_a_large_parquet_file_costs_its_tail_only(tmp_path, on_hub, monkeypatch):
-    monkeypatch.setattr(train.HubFile, "DEFAULT_BLOCK_SIZE", 8000)
+    monkeypatch.setattr(HubFile, "DEFAULT_BLOCK_SIZE", 8000)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DOWNLOAD_TIMEOUT", 10)  # nobody tries again here
     write_parquet(tmp_path / "data", [400], group=10, encode=noise_png)
     file = next((tmp_path / "data").iterdir())
@@ -205,7 +214,7 @@ def test_a_place_in_a_large_parquet_file_costs_its_tail_only(tmp_path, on_hub, m
     with on_hub(tmp_path) as (_, requests):
         source = open_source(DataArgs(dataset="some/pictures", streaming=True, workers=0, num_images=400))
         assert source.data.num_shards == 1
-        chunks = train.ShardChunks(source, Bytes(), 5, 0, 0, 1, 0, 1, 8, 2)
+        chunks = ShardChunks(source, Bytes(), 5, 0, 0, 1, 0, 1, 8, 2)
         whole = list(chunks.read(0, 0))
         for row in (395, 303, 300, 10, 9, 1):
             del requests[:]
@@ -251,7 +260,7 @@ def test_opening_waits_too(repositories, on_hub, capfd):
         script = Script(kind, numbers=(0, 1), suffixes=(path,))
         script.on = True
         with on_hub(repositories / "tar", script):
-            assert open_stream().place["read"] == 0
+            assert open_stream().state_dict()[0]["read"] == 0
         assert script.done[path] == 2 or path.startswith("/api")
         assert script.done and "waiting for the server of data set some/pictures" in capfd.readouterr().err
     script = Script("503", numbers=range(1000), suffixes=("pictures",))

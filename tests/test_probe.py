@@ -1,11 +1,20 @@
 """probe.py: every piece of its mathematics against slow, obvious references, its encoders, and its evaluation."""
 
+import engine.evaluation
+from engine.arguments import DataArgs, LabelArgs, default_run_dir, parse
+from engine.errors import UserError
+from engine.evaluation import hits, knn, votes
+from engine.frozen import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from engine.images import CenterCrop, decode, normalize
+from engine.run import Run, length_of_run
+from engine.sources import open_labelled, open_source
+from engine.stream import one_pass
+
 import copy
 import json
 import math
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,10 +42,9 @@ from transformers import (
 )
 
 import probe
-import train
-from cae import CAE, CAEConfig, released_name, to_beit
+from cae import CAE, CAEConfig
+from convert import released_name, to_beit
 from probe import LARS, AttentiveHead, EfficientHead, EncoderArgs, Heads, LinearHead, load_encoder
-from train import CenterCrop, DataArgs, LabelArgs, UserError, one_pass, open_labelled
 
 pytestmark = pytest.mark.usefixtures("seeded")
 GOLDEN = ROOT / "tests" / "golden"
@@ -184,10 +192,10 @@ def slow_knn(bank, labels, queries, k, temperature, num_classes):
 
 @pytest.mark.parametrize("block", [7, 1000])
 def test_knn_equals_a_plain_loop(monkeypatch, block):
-    monkeypatch.setattr(probe, "BLOCK", block)
+    monkeypatch.setattr(engine.evaluation, "BLOCK", block)
     bank, queries = torch.randn(61, 2, 5), torch.randn(23, 2, 5)
     labels, query_labels = torch.randint(8, (61,)), torch.randint(8, (23,))
-    rows = probe.knn(Accelerator(cpu=True), bank, labels, queries, query_labels, 8, (3, 20), (0.07, 0.5))
+    rows = knn(Accelerator(cpu=True), bank, labels, queries, query_labels, 8, (3, 20), (0.07, 0.5))
     assert [(r["pool"], r["k"], r["temperature"]) for r in rows] == [
         (pool, k, t) for pool in ("class", "mean") for k in (3, 20) for t in (0.07, 0.5)]  # fmt: skip
     for row in rows:
@@ -201,16 +209,16 @@ def test_knn_equals_a_plain_loop(monkeypatch, block):
 
 
 def test_votes_do_not_overflow_at_low_temperatures():
-    scores = probe.votes(torch.tensor([[1.0, 0.9, 0.9]]), torch.tensor([[0, 1, 1]]), 0.001, 3)
+    scores = votes(torch.tensor([[1.0, 0.9, 0.9]]), torch.tensor([[0, 1, 1]]), 0.001, 3)
     assert torch.isfinite(scores).all() and scores.argmax() == 0
 
 
 def test_hits():
     scores = torch.tensor([[[0.1, 0.5, 0.2, 0.3, 0.4, 0.6, 0.7]] * 3, [[0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]] * 3])
-    assert train.hits(scores, torch.tensor([6, 0, 1])).tolist() == [[1, 2], [1, 2]]
-    assert train.hits(torch.tensor([[0.2, 0.8]]), torch.tensor([0])).tolist() == [0, 1], "fewer than five classes"
+    assert hits(scores, torch.tensor([6, 0, 1])).tolist() == [[1, 2], [1, 2]]
+    assert hits(torch.tensor([[0.2, 0.8]]), torch.tensor([0])).tolist() == [0, 1], "fewer than five classes"
     votes = torch.tensor([[1.0, 0, 0, 0, 0, 0]] * 6)
-    assert train.hits(votes, torch.arange(6), above=0).tolist() == [1, 1], "a class without a vote is no hit"
+    assert hits(votes, torch.arange(6), above=0).tolist() == [1, 1], "a class without a vote is no hit"
 
 
 # Encoders.
@@ -259,7 +267,7 @@ def test_one_encoder_in_every_form(checkpoints, form):
     encoder = load_encoder(EncoderArgs(checkpoint=str(root / form)))
     assert (encoder.image_size, encoder.patch_size, encoder.dim) == (28, 4, 96)
     pixels = torch.rand(3, 3, 28, 28)
-    expected = model.encode(train.normalize(pixels, train.IMAGENET_MEAN, train.IMAGENET_STD))
+    expected = model.encode(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD))
     torch.testing.assert_close(encoder(pixels), expected, rtol=1e-5, atol=1e-5)
     assert encoder.heads == 4
 
@@ -269,7 +277,7 @@ def test_beit_with_mean_pooling_has_its_last_norm_in_the_pooler(checkpoints):
     encoder, model = load_encoder(EncoderArgs(checkpoint=str(path))), BeitModel.from_pretrained(path).eval()
     pixels = torch.rand(2, 3, 28, 28)
     with torch.no_grad():
-        hidden = model(train.normalize(pixels, train.IMAGENET_MEAN, train.IMAGENET_STD)).last_hidden_state
+        hidden = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state
         torch.testing.assert_close(encoder(pixels), model.pooler.layernorm(hidden))
 
 
@@ -287,7 +295,7 @@ def test_clip_gives_every_token_after_its_last_norm(checkpoints, form):
     pixels = torch.rand(2, 3, size, size)
     tokens = encoder(pixels)
     with torch.no_grad():
-        expected = tower(train.normalize(pixels, train.CLIP_MEAN, train.CLIP_STD)).pooler_output
+        expected = tower(normalize(pixels, CLIP_MEAN, CLIP_STD)).pooler_output
     torch.testing.assert_close(tokens[:, 0], expected)
     golden = load_file(GOLDEN / "clip_tokens.safetensors")
     encoder.mean, encoder.std = (0.0,) * 3, (1.0,) * 3  # those pixel values are normalised already
@@ -306,7 +314,7 @@ def test_other_transformers_encoders(checkpoints, form):
     encoder, model = load_encoder(EncoderArgs(checkpoint=str(path))), AutoModel.from_pretrained(path).eval()
     pixels = torch.rand(2, 3, 28, 28)
     with torch.no_grad():
-        hidden = model(train.normalize(pixels, train.IMAGENET_MEAN, train.IMAGENET_STD)).last_hidden_state
+        hidden = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)).last_hidden_state
     expected = torch.cat([hidden[:, :1], hidden[:, 4:]], dim=1) if form == "registers" else hidden
     torch.testing.assert_close(encoder(pixels), expected)
     assert encoder(torch.rand(1, 3, 42, 42)).shape == (1, 37, 12) and encoder.heads == 3
@@ -314,7 +322,7 @@ def test_other_transformers_encoders(checkpoints, form):
 
 def test_the_processor_of_a_folder_says_what_the_encoder_sees(checkpoints, tmp_path):
     (tmp_path / "vit").symlink_to(checkpoints[0] / "vit")
-    assert load_encoder(EncoderArgs(checkpoint=str(tmp_path / "vit"))).mean == train.IMAGENET_MEAN
+    assert load_encoder(EncoderArgs(checkpoint=str(tmp_path / "vit"))).mean == IMAGENET_MEAN
     copied = tmp_path / "copied"
     copied.mkdir()
     for file in (checkpoints[0] / "vit").iterdir():
@@ -326,19 +334,19 @@ def test_the_processor_of_a_folder_says_what_the_encoder_sees(checkpoints, tmp_p
 
 def test_random_init_is_the_floor():
     a, b, c = (load_encoder(EncoderArgs(random_init="nano"), seed) for seed in (0, 0, 1))
-    assert train.digest(a) == train.digest(b) != train.digest(c)
+    assert probe.weights_of(a) == probe.weights_of(b) != probe.weights_of(c)
 
 
 def test_frozen_means_frozen(checkpoints):
     """No mode, no gradient and no statistics: train() changes nothing, stochastic depth does not act."""
     encoder = load_encoder(EncoderArgs(checkpoint=str(checkpoints[0] / "run")))
     pixels = torch.rand(4, 3, 28, 28)
-    before, tokens = train.digest(encoder), encoder(pixels)
+    before, tokens = probe.weights_of(encoder), encoder(pixels)
     encoder.train()
     assert torch.equal(encoder(pixels), tokens) and not any(m.training for m in encoder.modules())
     assert not tokens.requires_grad and not any(p.requires_grad for p in encoder.parameters())
     encoder.model.encoder.blocks[0].mlp.fc1.weight.data[0, 0] += 1e-6
-    assert train.digest(encoder) != before, "the digest sees a single bit"
+    assert probe.weights_of(encoder) != before, "a single bit is seen"
 
 
 # Evaluation.
@@ -363,7 +371,7 @@ FORMS = [("parquet", True), ("parquet", False), ("tar", True), ("folder", False)
 @pytest.mark.parametrize(("world", "workers"), [(1, 0), (1, 2), (2, 1), (3, 0), (3, 2)])
 def test_a_pass_of_evaluation_is_every_image_once(thousand, kind, streaming, world, workers):
     data = DataArgs(dataset=str(thousand / kind), streaming=streaming, workers=workers)
-    source = train.open_source(data, 1, labelled=True, num_classes=2)
+    source = open_source(data, 1, labelled=True, num_classes=2)
     seen = []
     for rank in range(world):
         for chunk in one_pass(source, Numbers(), 64, workers, rank, world):
@@ -373,29 +381,37 @@ def test_a_pass_of_evaluation_is_every_image_once(thousand, kind, streaming, wor
 
 
 SCRIPT = """
-import json, sys, torch
+import sys
 sys.path[:0] = [{root!r}]
-from accelerate import Accelerator
-import probe, train
 
-accelerator = Accelerator(cpu=True)
-assert accelerator.num_processes == 2
+from engine.arguments import parse
+from engine.evaluation import accuracy, knn
+from engine.run import Run
+from engine.sources import open_source
+
+import json
+import torch
+
+import probe
+
 encoder = probe.load_encoder(probe.EncoderArgs(random_init="nano"))
-args = probe.resolve(train.parse(["linear", "--dataset", {data!r}, "--random-init", "nano", "--workers", "2",
-    "--streaming", "--run-dir", "unused"], kind=probe.Command), encoder, 2)
-source = train.open_source(args.data, 1, labelled=True)
-work = probe.Probe(args, encoder, accelerator)
-torch.manual_seed(5)
-heads = probe.Heads(probe.LinearHead(pool, 96, 2) for pool in ("class", "both"))
-for head in heads:
-    head.linear.weight.data *= 100
-batches = work.batches(source, probe.pooled, "val")
-accuracy, images = train.evaluate(accelerator, heads.eval(), batches, (2,))
-bank = work.extract(source, probe.pooled, "val")
-near = probe.knn(accelerator, *bank, *bank, 2, (3, 10), (0.07,))
-if accelerator.is_main_process:
-    print(json.dumps([accuracy, images, near]))
-accelerator.end_training()
+args = probe.resolve(parse(probe.Command, ["linear", "--dataset", {data!r}, "--random-init", "nano", "--workers", "2",
+    "--streaming", "--run-dir", "unused"]), encoder, 2)
+with Run(args) as run:
+    assert run.world == 2
+    source = open_source(args.data, 1, labelled=True)
+    extractor = probe.Extractor(args, encoder, run)
+    torch.manual_seed(5)
+    heads = probe.Heads(probe.LinearHead(pool, 96, 2) for pool in ("class", "both"))
+    for head in heads:
+        head.linear.weight.data *= 100
+    batches = extractor.batches(source, probe.pooled, "val")
+    tops, images = accuracy(run.accelerator, heads.eval(), batches, (2,))
+    bank = extractor.extract(source, probe.pooled, "val")
+    near = knn(run.accelerator, *bank, *bank, 2, (3, 10), (0.07,))
+    if run.is_main:
+        print(json.dumps([tops, images, near]))
+    run.end()
 """
 
 
@@ -408,10 +424,10 @@ def test_two_processes_evaluate_as_a_plain_loop_does(thousand, tmp_path):
 
     # one image after the other, and every pair of images
     encoder, view = load_encoder(EncoderArgs(random_init="nano")), CenterCrop(28, 1.0)
-    source = train.open_source(DataArgs(dataset=str(data), streaming=True, workers=0), 1, labelled=True)
+    source = open_source(DataArgs(dataset=str(data), streaming=True, workers=0), 1, labelled=True)
     rows = [row for row in source.data]
     labels = torch.tensor([row["label"] for row in rows])
-    pixels = torch.stack([view(train.decode(row["image"]["bytes"]), 0)[0] for row in rows])
+    pixels = torch.stack([view(decode(row["image"]["bytes"]), 0)[0] for row in rows])
     features = torch.cat([probe.pooled(encoder(x.float() / 255)) for x in pixels.split(59)])
     torch.manual_seed(5)
     heads = [LinearHead(pool, 96, 2).eval() for pool in ("class", "both")]
@@ -477,7 +493,7 @@ def test_tar_shards_need_their_number_of_classes(tmp_path):
 
 def test_images_without_a_label_are_skipped_and_counted(tmp_path):
     write_parquet(tmp_path, (300,), labels="numbers", missing={7})
-    source = train.open_source(DataArgs(dataset=str(tmp_path), workers=0), 1, labelled=True)
+    source = open_source(DataArgs(dataset=str(tmp_path), workers=0), 1, labelled=True)
     chunks = list(one_pass(source, Numbers(), 100, 0))
     assert sum(len(chunk["ids"]) for chunk in chunks) == 299
     (skipped,) = [name for chunk in chunks for name in chunk["skipped"]]
@@ -517,13 +533,13 @@ def test_data_sets_that_cannot_be_evaluated_on(tmp_path):
 
 
 def test_every_argument_is_used():
-    assert_used([probe.KNN, probe.Linear, probe.Attentive], [probe, train])
+    assert_used([probe.KNN, probe.Linear, probe.Attentive], probe)
 
 
 @pytest.mark.parametrize("command", ["knn", "linear", "attentive"])
 def test_every_argument_is_documented_and_grouped(capsys, command):
     with pytest.raises(SystemExit) as stop:
-        train.parse([command, "--help"], kind=probe.Command)
+        parse(probe.Command, [command, "--help"])
     assert stop.value.code == 0
     kind = {"knn": probe.KNN, "linear": probe.Linear, "attentive": probe.Attentive}[command]
     assert_documented(kind, capsys.readouterr().out)
@@ -531,7 +547,7 @@ def test_every_argument_is_documented_and_grouped(capsys, command):
 
 def parsed(*flags, encoder=None, world=1):
     encoder = encoder or probe.of_cae(CAE(CAEConfig.from_size("tiny", depth=1)))
-    return probe.resolve(train.parse([*flags, "--run-dir", "x"], kind=probe.Command), encoder, world)
+    return probe.resolve(parse(probe.Command, [*flags, "--run-dir", "x"]), encoder, world)
 
 
 def test_the_papers_recipes():
@@ -713,13 +729,16 @@ def test_not_one_bit_of_the_encoder_changes(checkpoints, clothes, tmp_path):
     for command in commands:
         flags = [*command, "--checkpoint", str(checkpoints[0] / "run"), "--dataset", str(clothes), "--steps", "2"]
         flags += ["--effective-batch-size", "32", "--workers", "0", "--run-dir", str(tmp_path / "-".join(command))]
-        args = train.parse(flags, kind=probe.Command)
+        args = parse(probe.Command, flags)
         encoder = load_encoder(args.encoder)
         args = probe.resolve(args, encoder)
-        Path(args.run.run_dir).mkdir()
         before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}
         sources = open_labelled(args.data, args.labels)
-        probe.train_heads(probe.Probe(args, encoder, Accelerator(cpu=True)), *sources, train.Resume(), ({}, {}))
+        length = length_of_run(args.run, args.data, sources[0])
+        with Run(args) as run:
+            run.open_folder(args)
+            probe.train_heads(run, probe.Extractor(args, encoder, run), *sources, length, 0, {})
+            run.end()
         after = encoder.state_dict()
         assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
         assert all(p.grad is None for p in encoder.parameters()) and not encoder.training
@@ -774,18 +793,15 @@ def test_knn_keeps_off_the_folders_of_other_runs(run, capsys, tmp_path):
     assert (tmp_path / "run" / "config.json").read_bytes() == before
 
 
-def test_cached_features_in_another_order_are_not_continued(tmp_path):
-    class Alone:
-        rank, world = 0, 1
-
+def test_cached_features_in_another_order_are_not_continued():
     features, labels = torch.randn(10, 2, 4), torch.arange(10)
-    stream = probe.CachedStream(features, labels, 4, 0, Alone)
+    stream = probe.CachedStream(features, labels, 4, 0)
     first = [next(stream)["labels"].tolist() for _ in range(5)]
     assert sorted(y for batch in first for y in batch) == sorted(list(range(10)) * 2), "two passes, each image once"
-    again = probe.CachedStream(features, labels, 4, 0, Alone, {**stream.state_dict(), "taken": 8})
+    again = probe.CachedStream(features, labels, 4, 0, state={0: {**stream.state_dict()[0], "taken": 8}})
     assert [next(again)["labels"].tolist() for _ in range(3)] == first[2:]
     with pytest.raises(UserError, match="divides the data otherwise"):
-        probe.CachedStream(features, labels.flip(0), 4, 0, Alone, stream.state_dict())
+        probe.CachedStream(features, labels.flip(0), 4, 0, state=stream.state_dict())
 
 
 def test_a_folder_is_named_after_task_encoder_and_data():
@@ -794,8 +810,8 @@ def test_a_folder_is_named_after_task_encoder_and_data():
         ("linear --checkpoint runs/cae-v2-nano-demo --dataset demo", "runs/linear-cae-v2-nano-demo"),
         ("attentive --kind ep --checkpoint ../x/y.pth", "runs/ep-x-y.pth-imagenet-1k"),
     ]:
-        args = train.parse(flags.split(), kind=probe.Command)
-        assert train.name_run(probe.task_of(args), args.encoder, args.data) == name
+        args = parse(probe.Command, flags.split())
+        assert default_run_dir(probe.task_of(args), args.encoder, args.data) == name
 
 
 def test_skipped_images_are_in_the_result(monkeypatch, capsys, tmp_path):

@@ -10,7 +10,8 @@ from images import noise_png, write_clothes, write_parquet
 from launch import launch, log_of, succeeded
 from safetensors.torch import load_file
 
-from cae import CAE, CAEConfig, to_beit
+from cae import CAE, CAEConfig
+from convert import to_beit
 
 
 @pytest.fixture(scope="module")

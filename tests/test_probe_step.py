@@ -1,5 +1,9 @@
 """probe.py's steps against a loop that is written out here: features, learning rates, optimizers, statistics."""
 
+from engine.arguments import DataArgs
+from engine.sources import open_source
+from engine.stream import Stream
+
 import json
 import math
 from collections import namedtuple
@@ -12,7 +16,6 @@ from reference import IMAGENET, channels, seed_of
 from safetensors.torch import load_file
 
 import probe
-import train
 from cae import CAE, CAEConfig
 from probe import AttentiveHead, EfficientHead, LinearHead
 
@@ -39,9 +42,9 @@ def centres(numbers):
 
 def crops(path, size, rank, world):
     """A rank's batches of random crops, image by image a function of the seed, and their labels."""
-    data = train.DataArgs(dataset=str(path), workers=0, streaming=False, batch_size=size)
-    source = train.open_source(data, 1, labelled=True)
-    stream = train.Stream(source, probe.Augment(28, (0.5, 1.0), 0.3), data, 3, rank, world)
+    data = DataArgs(dataset=str(path), workers=0, streaming=False, batch_size=size)
+    source = open_source(data, 1, labelled=True)
+    stream = Stream(source, probe.Augment(28, (0.5, 1.0), 0.3), data, 3, rank, world)
     while True:
         batch = next(stream)
         yield batch["images"], batch["labels"]

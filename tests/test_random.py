@@ -1,5 +1,11 @@
 """Randomness: which draws differ from which, by what a run is known again, and what of it may differ on a resume."""
 
+from engine.arguments import DataArgs, RunArgs, flat, marks_of, parse
+from engine.checkpoints import load_checkpoint, plan_resume
+from engine.errors import UserError
+from engine.sources import Source, open_source
+from engine.stream import Stream, one_pass
+
 import dataclasses
 import hashlib
 import json
@@ -20,7 +26,6 @@ import finetune
 import probe
 import train
 from cae import CAE
-from train import DataArgs, Source, Stream, UserError, one_pass, open_source
 
 
 def in_memory(images, **options):
@@ -95,8 +100,7 @@ def test_cached_features_have_an_order_of_every_pass_run_and_process():
     orders = []
     for seed in (0, 1):
         for rank in (0, 1):
-            probes = SimpleNamespace(rank=rank, world=2)
-            stream = probe.CachedStream(torch.zeros(50, 1), torch.arange(50), 50, seed, probes)
+            stream = probe.CachedStream(torch.zeros(50, 1), torch.arange(50), 50, seed, rank, 2)
             orders += [next(stream)["labels"].tolist() for _ in range(2)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len({tuple(order) for order in orders}) == 8
@@ -106,19 +110,19 @@ def test_cached_features_have_an_order_of_every_pass_run_and_process():
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_seen_tells_the_six_orders_of_three_images_apart(tmp_path, kind, batch_size):
     """Also those that end alike. It is a function of the images alone: two seeds with the same order have the same."""
-    alone, seen = SimpleNamespace(rank=0, world=1), {}
+    seen = {}
     source = in_memory([png(n) for n in range(3)])
     if kind == "stream":
         write_parquet(tmp_path, (3,))
         source = open_source(DataArgs(dataset=str(tmp_path), streaming=True, workers=0))
     for seed in range(40):
         if kind == "cached":
-            stream = probe.CachedStream(torch.zeros(3, 1), torch.arange(3), batch_size, seed, alone)
+            stream = probe.CachedStream(torch.zeros(3, 1), torch.arange(3), batch_size, seed)
         else:
             stream = stream_of(source, seed, batch_size=batch_size)
         name = "labels" if kind == "cached" else "numbers"
         order = tuple(torch.cat([next(stream)[name] for _ in range(3 // batch_size)]).tolist())
-        seen.setdefault(order, set()).add(stream.state_dict()["seen"])
+        seen.setdefault(order, set()).add(stream.state_dict()[0]["seen"])
     assert len(seen) == 6 and len(set.union(*seen.values())) == 6 and all(len(found) == 1 for found in seen.values())
 
 
@@ -145,7 +149,7 @@ def pretrain(run_dir, *flags):
     notes = []
     with before_forward(CAE, lambda model, images, *_: notes.append(
             (torch.initial_seed(), images.clone(), model.encoder.patch_embed.weight.detach().clone()))):  # fmt: skip
-        train.train(train.parse([*DEMO, "--run-dir", str(run_dir), *flags]))
+        train.train(parse(train.Args, [*DEMO, "--run-dir", str(run_dir), *flags]))
     return zip(*notes, strict=True)
 
 
@@ -166,14 +170,14 @@ def test_every_step_micro_batch_and_part_draws_for_itself(tmp_path):
 def test_micro_batches_take_turns_at_the_parts(tmp_path):
     """Images, places of the data in the checkpoint, and what the log calls seen: each part as a stream by itself."""
     _, images, _ = pretrain(tmp_path, "--parts", "2")
-    args = train.resolve(train.parse([*DEMO, "--parts", "2"]))
+    args = train.resolve(parse(train.Args, [*DEMO, "--parts", "2"]))
     source, view = open_source(args.data, 2), train.Crops(args, train.model_config(args))
     parts = [Stream(source, view, args.data, 0, part, 2) for part in range(2)]
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
     for micro, got in enumerate(images):
         expected = (next(parts[micro % 2])["images"].float() / 255 - mean) / std
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-5)
-    places = [part.state_dict() for part in parts]
+    places = [state for part in parts for state in part.state_dict().values()]
     written = [json.loads((tmp_path / "checkpoints" / "step_00000002" / f"data_{i}.json").read_text()) for i in (0, 1)]
     assert written == places and places[0]["seen"] != places[1]["seen"]
     assert log_of(tmp_path)[-1]["seen"] == f"{seed_of(*(place['seen'] for place in places)):016x}"
@@ -230,7 +234,7 @@ def read_with(bad, images, passes=1, world=1):
             next(stream)
     except UserError as error:
         assert "could not be used, more than 1 %" in str(error)
-        return stream.state_dict()["read"]
+        return stream.state_dict()[0]["read"]
     return None
 
 
@@ -271,8 +275,9 @@ BEGINS_ANEW = {"dataset", "split", "image_column", "streaming", "num_images", "s
 
 @pytest.mark.parametrize("command", [train.Args, finetune.Classify, probe.Linear, probe.Attentive])
 def test_every_argument_is_free_or_compared_on_a_resume(tmp_path, command):
-    """A new one is compared, unless it is named above; some begin the data anew."""
-    values = {**train.flat(command()), "task": "this", "weights": "these"}
+    """A new one is compared, unless it is named above; some begin the data anew. A run may become longer by itself, and
+    a flag that it did not know yet does not stop it."""
+    values = {**flat(command()), "task": "this", "weights": "these"}
     checkpoint, place = tmp_path / "checkpoints" / "step_00000007", {"pass": 4, "seen": 5}
     checkpoint.mkdir(parents=True)
     (tmp_path / "config.json").write_text(json.dumps({"args": values, "model": {}}))
@@ -283,21 +288,29 @@ def test_every_argument_is_free_or_compared_on_a_resume(tmp_path, command):
     alone = SimpleNamespace(process_index=0, num_processes=1, is_main_process=True, load_state=lambda path: None)
 
     def go_on(values, allowed=False):
-        resume = train.prepare_run_dir(train.RunArgs(run_dir=str(tmp_path), resume_changed=allowed), values)
-        trainer, places = train.load_checkpoint(alone, resume, tmp_path, 1)
-        return resume.changed, trainer["first_pass"], places
+        run = RunArgs(run_dir=str(tmp_path), resume_changed=allowed)
+        resume = plan_resume(run, values, marks_of(command()))
+        progress = load_checkpoint(alone, resume, tmp_path, 1)
+        return resume.changed, progress.first_pass, progress.data_states
 
-    assert go_on(values) == ({}, 0, [place])
+    assert go_on(values) == ({}, 0, {0: place})
     for name, old in values.items():
         other = {**values, name: "another"}
         if name in FREE:
-            assert go_on(other) == ({}, 0, [place]), name
+            assert go_on(other) == ({}, 0, {0: place}), name
         else:
             with pytest.raises(UserError, match=rf"another configuration \({name} {old!s:.0}.*--resume-changed"):
                 go_on(other)
-            begins = (5, [None]) if name in BEGINS_ANEW else (0, [place])
+            begins = (5, {}) if name in BEGINS_ANEW else (0, {0: place})
             changed = {name: [json.loads(json.dumps(old)), "another"]}
             assert go_on(other, allowed=True) == (changed, *begins), name
+    (tmp_path / "config.json").write_text(json.dumps({"args": {**values, "epochs": 2.5, "steps": 4}, "model": {}}))
+    for name, old, new in (("epochs", 2.5, 3), ("steps", 4, 5)):
+        longer = {**values, "epochs": 2.5, "steps": 4, "unknown": 1, name: new}
+        assert go_on(longer) == ({name: [old, new]}, 0, {0: place})
+    for other in ({"epochs": 2.5, "steps": 3}, {"epochs": 2, "steps": 4}, {"epochs": 2.5, "steps": None}):
+        with pytest.raises(UserError, match="another configuration"):
+            go_on({**values, **other})
     everywhere = {field.name for kind in (train.Args, finetune.Classify, probe.Linear, probe.Attentive)
                   for group in groups(kind).values() for field in dataclasses.fields(group)}  # fmt: skip
     assert everywhere >= FREE | BEGINS_ANEW

@@ -1,5 +1,8 @@
 """train.py as its users run it: real processes on the demo data, alone and in two, killed and resumed."""
 
+from engine.arguments import parse
+from engine.errors import UserError
+
 import dataclasses
 import json
 import math
@@ -9,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from hub import serve
 from images import write_folder, write_parquet
@@ -29,7 +33,7 @@ def run(run_dir, *flags, command=SHORT, **options):
 
 def run_here(run_dir, *flags, command=SHORT):
     """The same in this process, where a test is not about processes."""
-    train.train(train.parse([*command[1:], "--run-dir", str(run_dir), *map(str, flags)]))
+    train.train(parse(train.Args, [*command[1:], "--run-dir", str(run_dir), *map(str, flags)]))
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +142,8 @@ def test_a_tracker_that_cannot_start_is_told_in_one_line(tmp_path, monkeypatch):
     def no_login(*_, **__):
         raise RuntimeError("no API key\nsome advice")
 
-    monkeypatch.setattr(train.Accelerator, "init_trackers", no_login)
-    with pytest.raises(train.UserError, match=r"^--tracker tensorboard cannot be started: no API key; log in, or use"):
+    monkeypatch.setattr(Accelerator, "init_trackers", no_login)
+    with pytest.raises(UserError, match=r"^--tracker tensorboard cannot be started: no API key; log in, or use"):
         run_here(tmp_path, "--tracker", "tensorboard", "--steps", "1", "--workers", "0")
 
 

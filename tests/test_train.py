@@ -1,5 +1,17 @@
 """The parts of train.py: images, teachers, schedules, arguments, and every mistake that is caught before the work."""
 
+import engine.arguments
+import engine.files
+from engine.arguments import DataArgs, RunArgs, flat, marks_of, parse
+from engine.checkpoints import make_run_dir, plan_resume
+from engine.errors import RunError, UserError
+from engine.files import publish, replace_files, write_text
+from engine.frozen import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from engine.images import ColorJitter, decode, normalize
+from engine.run import Length, length_of_run
+from engine.seeds import seed_of
+from engine.sources import Source, open_source
+
 import dataclasses
 import io
 import itertools
@@ -25,13 +37,25 @@ from transformers import (
 
 import train
 from cae import CAE, CAEConfig
-from train import Args, CLIPTeacher, Crops, DALLETeacher, PixelTeacher, UserError, decode, resolve
+from train import Args, CLIPTeacher, Crops, DALLETeacher, PixelTeacher, TargetArgs, resolve
 
 GOLDEN = ROOT / "tests" / "golden"
 
 
 def arguments(*flags):
-    return resolve(train.parse(list(flags)))
+    return resolve(parse(Args, list(flags)))
+
+
+def clip_teacher(patch_size):
+    return CLIPTeacher(TargetArgs(teacher=str(GOLDEN / "clip_tiny")), patch_size).eval()
+
+
+def dalle_teacher(folder):
+    return DALLETeacher(TargetArgs(teacher=str(folder)), 16).eval()
+
+
+def pixel_teacher(**options):
+    return PixelTeacher(TargetArgs(teacher="", **options), 4)
 
 
 # Images.
@@ -139,8 +163,8 @@ def test_crops_without_augmentation_resize():
 
 def test_clip_teacher_reproduces_the_golden_tokens():
     golden = load_file(GOLDEN / "clip_tokens.safetensors")
-    teacher = CLIPTeacher(str(GOLDEN / "clip_tiny"), 16).eval()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (train.CLIP_MEAN, train.CLIP_STD))
+    teacher = clip_teacher(16)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     with torch.no_grad():
         got = teacher(golden["pixel_values"] * std + mean)
     assert teacher.target_dim == 24
@@ -150,7 +174,7 @@ def test_clip_teacher_reproduces_the_golden_tokens():
 @pytest.mark.parametrize(("image_size", "patch_size", "grid"), [(32, 8, 4), (96, 16, 6), (28, 4, 7)])
 def test_clip_teacher_sees_the_students_grid(image_size, patch_size, grid):
     """The crop resized to grid * teacher_patch, positions interpolated where that is not the native size."""
-    teacher = CLIPTeacher(str(GOLDEN / "clip_tiny"), patch_size).eval()
+    teacher = clip_teacher(patch_size)
     view = torch.rand(2, 3, image_size, image_size)
     model = CLIPVisionModelWithProjection.from_pretrained(GOLDEN / "clip_tiny")
     x = view
@@ -158,7 +182,7 @@ def test_clip_teacher_sees_the_students_grid(image_size, patch_size, grid):
         x = torch.nn.functional.interpolate(view, (16 * grid, 16 * grid), mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
         got = teacher(view)
-        out = model(train.normalize(x, train.CLIP_MEAN, train.CLIP_STD), interpolate_pos_encoding=True)
+        out = model(normalize(x, CLIP_MEAN, CLIP_STD), interpolate_pos_encoding=True)
     assert got.shape == (2, 1 + grid * grid, 24)
     assert torch.allclose(got[:, 0], out.image_embeds, atol=1e-5)
 
@@ -172,7 +196,7 @@ def test_dalle_teacher(tmp_path):
         else:
             torch.nn.init.zeros_(parameter)
     model.save_pretrained(tmp_path)
-    teacher = DALLETeacher(str(tmp_path), 16).eval()
+    teacher = dalle_teacher(tmp_path)
     view = torch.rand(2, 3, 4, 4).round().repeat_interleave(16, dim=2).repeat_interleave(16, dim=3)
     small = torch.nn.functional.interpolate(view, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
@@ -186,27 +210,27 @@ def test_dalle_teacher(tmp_path):
 def test_a_compiled_teacher_gives_the_same_targets(tmp_path, graphs, size):
     """At its own size, and with positions interpolated."""
     FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=50)).save_pretrained(tmp_path)
-    for teacher in (CLIPTeacher(str(GOLDEN / "clip_tiny"), 16).eval(), DALLETeacher(str(tmp_path), 16).eval()):
+    for teacher in (clip_teacher(16), dalle_teacher(tmp_path)):
         views = [torch.rand(batch, 3, size, size) for batch in (2, 3)]
         with torch.no_grad():
             expected = [teacher(view) for view in views]
-            teacher.compile()
+            teacher.compile_network()
             for view, target in zip(views, expected, strict=True):
                 torch.testing.assert_close(teacher(view), target, rtol=0, atol=1e-5)
     assert len(graphs) == 2
-    PixelTeacher(4).compile()
+    pixel_teacher().compile_network()
     assert len(graphs) == 2
 
 
 def test_pixel_teacher_orders_as_mae():
     view = torch.rand(1, 3, 12, 8)
-    got = PixelTeacher(4)(view)
-    x = train.normalize(view, train.IMAGENET_MEAN, train.IMAGENET_STD)
+    got = pixel_teacher()(view)
+    x = normalize(view, IMAGENET_MEAN, IMAGENET_STD)
     for patch in range(6):
         r, c = divmod(patch, 2)
         values = [x[0, k, 4 * r + i, 4 * c + j] for i in range(4) for j in range(4) for k in range(3)]
         assert torch.equal(got[0, patch], torch.stack(values))
-    normal = PixelTeacher(4, normalize_patches=True)(view)
+    normal = pixel_teacher(normalize_pixels=True)(view)
     assert torch.allclose(normal.mean(-1), torch.zeros(1, 6), atol=1e-5)
     assert torch.allclose(normal.var(-1), torch.ones(1, 6), atol=1e-3)
 
@@ -263,18 +287,19 @@ def test_learning_rate():
 @pytest.mark.parametrize(("epochs", "warm"), [(300, 10), (800, 20), (1600, 40), (30, 1), (100, 10 / 3)])
 def test_warmup(epochs, warm):
     """ImageNet's passes are no whole number of steps, and a run is rounded up to one."""
-    source = train.Source(None, "image", None, 1281167, "here")
-    run, data = train.RunArgs(epochs=float(epochs)), train.DataArgs(effective_batch_size=2048)
-    total, steps_per_pass, warmup = train.length_of_run(run, data, source)
-    assert steps_per_pass == 1281167 / 2048 and total == math.ceil(epochs * steps_per_pass)
-    assert warmup == pytest.approx(warm * steps_per_pass, abs=1)
-    assert train.length_of_run(run, data, source, 5.0)[2] == round(5 * steps_per_pass)
-    assert train.length_of_run(run, data, source, None, 9)[2] == total // 9
-    unknown, steps = train.Source(None, "image", None, None, "here"), train.RunArgs(steps=90)
-    assert train.length_of_run(steps, data, unknown) == (90, None, 3)
-    for mistake in ((run, data, unknown), (steps, data, unknown, 5.0)):
+    source = Source(None, "image", None, 1281167, "here")
+    run, data = RunArgs(epochs=float(epochs)), DataArgs(effective_batch_size=2048)
+    length = length_of_run(run, data, source)
+    assert length.steps_per_pass == 1281167 / 2048 and length.steps == math.ceil(epochs * length.steps_per_pass)
+    assert train.warmup_steps(length) == pytest.approx(warm * length.steps_per_pass, abs=1)
+    assert train.warmup_steps(length, 5.0) == length.warmup(5.0, 9) == round(5 * length.steps_per_pass)
+    assert length.warmup(None, 9) == length.steps // 9 and length.epochs == pytest.approx(epochs, abs=0.01)
+    unknown = Source(None, "image", None, None, "here")
+    short = length_of_run(RunArgs(steps=90), data, unknown)
+    assert short == Length(90, None, "here") and train.warmup_steps(short) == 3 and short.epochs is None
+    for mistake in (lambda: length_of_run(run, data, unknown), lambda: train.warmup_steps(short, 5.0)):
         with pytest.raises(UserError, match="the number of images in here is unknown"):
-            train.length_of_run(*mistake)
+            mistake()
 
 
 def test_parameter_groups():
@@ -297,7 +322,7 @@ def test_images_can_be_learned():
     args = arguments("--dataset", "demo", "--method", "cae")
     config = train.model_config(args)
     teacher = train.build_teacher(args, config)
-    source, crops = train.open_source(args.data), Crops(args, config)
+    source, crops = open_source(args.data), Crops(args, config)
     rows = [row["image"]["bytes"] for row in itertools.islice(source.data, 16)]
     views = [crops(decode(data), i) for i, data in enumerate(rows)]
     images, visible, masked = (torch.stack(tensors) for tensors in zip(*views, strict=True))
@@ -309,7 +334,7 @@ def test_images_can_be_learned():
     optimizer = torch.optim.AdamW(train.parameter_groups(model), lr=2e-3)
     losses = []
     for _ in range(40):
-        x = train.normalize(pixels, train.IMAGENET_MEAN, train.IMAGENET_STD)
+        x = normalize(pixels, IMAGENET_MEAN, IMAGENET_STD)
         losses.append(model(x, visible, masked, target)["loss"])
         losses[-1].backward()
         optimizer.step()
@@ -321,12 +346,12 @@ def test_images_can_be_learned():
 
 
 def test_every_argument_is_used():
-    assert_used([Args], [train], elsewhere={f.name for f in dataclasses.fields(CAEConfig)})
+    assert_used([Args], train, elsewhere={f.name for f in dataclasses.fields(CAEConfig)})
 
 
 def test_every_argument_is_documented_and_grouped(capsys):
     with pytest.raises(SystemExit) as stop:
-        train.parse(["--help"])
+        parse(Args, ["--help"])
     assert stop.value.code == 0
     assert_documented(Args, capsys.readouterr().out)
 
@@ -362,11 +387,11 @@ def test_num_masked_is_a_true_ceiling():
 
 
 def test_effective_batch_size():
-    args = train.parse(["--size", "base"])
+    args = parse(Args, ["--size", "base"])
     assert resolve(args, world=8).data.batch_size == 256
     assert resolve(args, world=16).data.batch_size == 128
     assert resolve(args, world=6).data.effective_batch_size == 1536, "the nearest multiple, unless it was asked for"
-    args = train.parse(["--size", "base", "--effective-batch-size", "2048", "--batch-size", "256"])
+    args = parse(Args, ["--size", "base", "--effective-batch-size", "2048", "--batch-size", "256"])
     with pytest.raises(UserError, match="not a multiple of --batch-size 256 times 6 processes: try 1536"):
         resolve(args, world=6)
 
@@ -399,7 +424,7 @@ def test_effective_batch_size():
     ],
 )
 def test_mistakes_end_with_one_line_and_code_2(flags, message, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(train, "find_spec", lambda name: None)  # no tracker installed
+    monkeypatch.setattr(engine.arguments, "find_spec", lambda name: None)  # no tracker installed
     assert message in refused(monkeypatch, capsys, train, *flags.split(), run_dir=tmp_path / "run")
 
 
@@ -417,7 +442,7 @@ def test_color_jitter_is_that_of_torchvision(seed):
     """The same operations in the same order, on floats that are not rounded in between."""
     image = torch.randint(0, 256, (3, 20, 30), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
     torch.manual_seed(seed)
-    got = train.ColorJitter(0.4)(image)
+    got = ColorJitter(0.4)(image)
     torch.manual_seed(seed)
     order, factors = torch.randperm(3).tolist(), torch.empty(3).uniform_(0.6, 1.4).tolist()
     expected = image.double() / 255
@@ -431,9 +456,9 @@ def test_color_jitter_of_full_strength_stays_in_range(seeded):
     for value in (0, 255):
         image = torch.full((3, 4, 4), value, dtype=torch.uint8)
         for _ in range(20):
-            out = train.ColorJitter(1.0)(image)
+            out = ColorJitter(1.0)(image)
             assert out.dtype == torch.uint8 and (out == out[0, 0, 0]).all()
-    factors = torch.stack([train.ColorJitter(0.4)(torch.full((3, 1, 1), 100, dtype=torch.uint8)).float().mean()
+    factors = torch.stack([ColorJitter(0.4)(torch.full((3, 1, 1), 100, dtype=torch.uint8)).float().mean()
                            for _ in range(500)])  # fmt: skip
     assert 58 < factors.min() < 66 and 134 < factors.max() < 142, "of one grey, brightness alone is seen"
 
@@ -442,13 +467,16 @@ def test_color_jitter_of_full_strength_stays_in_range(seeded):
 
 
 def prepared(path, *flags):
+    """The checkpoint that a run in this folder would start from, or None."""
     args = arguments("--dataset", "demo", "--run-dir", str(path), *flags)
-    return next(iter(train.prepare_run_dir(args.run, train.flat(args)).candidates), None)
+    resume = plan_resume(args.run, flat(args), marks_of(args))
+    make_run_dir(path / "checkpoints")
+    return next(iter(resume.candidates), None)
 
 
 def test_a_run_folder_of_another_configuration_is_refused(tmp_path):
     args = arguments("--dataset", "demo", "--run-dir", str(tmp_path))
-    (tmp_path / "config.json").write_text(json.dumps({"args": train.flat(args), "model": {}}))
+    (tmp_path / "config.json").write_text(json.dumps({"args": flat(args), "model": {}}))
     assert prepared(tmp_path, "--seed", "1") is None, "a start that failed before its first step binds nobody"
     (tmp_path / "log.jsonl").touch()
     assert prepared(tmp_path) is None
@@ -481,38 +509,38 @@ def test_an_unwritable_run_folder_is_refused(tmp_path):
         prepared(tmp_path / "file" / "run")
 
 
-def test_write_aside_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
+def test_write_text_leaves_the_old_file_when_writing_fails(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
-    train.write_aside(path, "old")
-    monkeypatch.setattr(train, "fsync", lambda p: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(train.RunError, match=r"x\.json could not be written: disk full; make room, and start again"):
-        train.write_aside(path, "new")
+    write_text(path, "old")
+    monkeypatch.setattr(engine.files, "fsync", lambda p: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(RunError, match=r"x\.json could not be written: disk full; make room, and start again"):
+        write_text(path, "new")
     assert path.read_text() == "old"
 
 
 def test_publish_names_a_folder_and_replaces_files(tmp_path):
     (tmp_path / "step.tmp").mkdir()
     (tmp_path / "step.tmp" / "x").write_text("whole")
-    train.publish(tmp_path / "step.tmp", tmp_path / "step")
+    publish(tmp_path / "step.tmp", tmp_path / "step")
     for text in ("old", "new"):
-        train.publish_files(tmp_path / "model", lambda folder: (folder / "x").write_text(text))  # noqa: B023
+        replace_files(tmp_path / "model", lambda folder: (folder / "x").write_text(text))  # noqa: B023
     assert (tmp_path / "step" / "x").read_text() == "whole" and (tmp_path / "model" / "x").read_text() == "new"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "step"]
 
 
-def test_key_is_stable():
+def test_seeds_are_stable():
     """Seeds must not change with Python's version or hash seed: every resume depends on them."""
-    assert train.key(0, 1, 2) == train.key(0, 1, 2) != train.key(0, 2, 1)
-    assert 0 <= train.key(0) < 2**63
+    assert seed_of(0, 1, 2) == seed_of(0, 1, 2) != seed_of(0, 2, 1)
+    assert 0 <= seed_of(0) < 2**63
     import hashlib
 
     digest = hashlib.blake2b(b"(0, 1, 2)", digest_size=8).digest()
-    assert train.key(0, 1, 2) == int.from_bytes(digest, "little") >> 1
-    assert math.isclose(sum(train.key(i) / 2**63 for i in range(4000)) / 4000, 0.5, abs_tol=0.03)
+    assert seed_of(0, 1, 2) == int.from_bytes(digest, "little") >> 1
+    assert math.isclose(sum(seed_of(i) / 2**63 for i in range(4000)) / 4000, 0.5, abs_tol=0.03)
 
 
 def test_image_folders_are_read_from_files(tmp_path):
     write_folder(tmp_path / "pictures", 6)
-    source = train.open_source(train.DataArgs(dataset=str(tmp_path / "pictures")))
+    source = open_source(DataArgs(dataset=str(tmp_path / "pictures")))
     assert source.num_images == 6 and source.label_column == "label"
     assert source.data[0]["image"]["bytes"] is None and source.data.features["label"].names == ["even", "odd"]

@@ -1,5 +1,10 @@
 """train.py's step against a loop that is written out here, and against the released code's own training."""
 
+import engine.run
+from engine.arguments import parse
+from engine.sources import Source
+from engine.stream import Stream
+
 import json
 import math
 
@@ -14,7 +19,8 @@ from transformers import CLIPVisionModelWithProjection
 
 import cae
 import train
-from cae import CAE, CAEConfig, load_official, released_name
+from cae import CAE, CAEConfig
+from convert import load_official, released_name
 
 GOLDEN = ROOT / "tests" / "golden"
 DEMO_TEACHER = ROOT / "demo" / "clip_teacher"
@@ -22,13 +28,13 @@ DEMO_TEACHER = ROOT / "demo" / "clip_teacher"
 
 def record(monkeypatch):
     """The list of all batches that streams give from now on."""
-    batches, take = [], train.Stream.__next__
+    batches, take = [], Stream.__next__
 
     def recorded(stream):
         batches.append(take(stream))
         return batches[-1]
 
-    monkeypatch.setattr(train.Stream, "__next__", recorded)
+    monkeypatch.setattr(Stream, "__next__", recorded)
     return batches
 
 
@@ -93,7 +99,7 @@ def test_the_steps_are_those_of_a_plain_loop(tmp_path, monkeypatch, method):
     monkeypatch.setattr(CAE, "forward", broken)
     more = ["--target", "pixels"] if method == "cae" else ["--teacher", str(DEMO_TEACHER)]
     flags = ["--dataset", str(tmp_path / "data"), "--run-dir", str(tmp_path / "run"), "--method", method]
-    train.train(train.parse([*flags, *FLAGS, *more]))
+    train.train(parse(train.Args, [*flags, *FLAGS, *more]))
     monkeypatch.undo()
     lines = log_of(tmp_path / "run")
     assert len(batches) == 10 and [line["bad_steps"] for line in lines] == [0, 0, 0, 1, 1]
@@ -140,9 +146,9 @@ def test_the_steps_are_those_of_a_plain_loop(tmp_path, monkeypatch, method):
 
 
 class StoredStream:
-    """In place of train.Stream: the images and masks of the released code's own run."""
+    """In place of Stream: the images and masks of the released code's own run."""
 
-    skipped, skipped_names = 0, ()
+    names, part, skipped, skipped_names = ("images", "visible", "masked"), 0, 0, ()
 
     def __init__(self, golden, size):
         masks = golden["masks"]
@@ -152,7 +158,10 @@ class StoredStream:
         self.taken = 0
 
     def state_dict(self):
-        return {"seen": self.taken, "pass": 0}
+        return {0: {"seen": self.taken, "pass": 0}}
+
+    def reported(self):
+        pass
 
     def __next__(self):
         self.taken, i = self.taken + 1, self.taken
@@ -191,9 +200,9 @@ def test_forty_steps_are_those_of_the_released_code(tmp_path, monkeypatch, versi
     monkeypatch.setitem(train.MASK_RATIO, "golden", 0.5)
     monkeypatch.setattr(cae, "init_weights", lambda model: model.load_state_dict(start))
     images = config["batch"] * config["steps_per_epoch"]
-    monkeypatch.setattr(train, "open_source", lambda *_: train.Source(None, "image", None, images, "stored"))
+    monkeypatch.setattr(train, "open_source", lambda *_: Source(None, "image", None, images, "stored"))
     monkeypatch.setattr(train, "build_teacher", lambda *_: StoredTeacher(golden, batch_size, config["target_dim"]))
-    monkeypatch.setattr(train, "Stream", lambda *_: StoredStream(golden, batch_size))
+    monkeypatch.setattr(engine.run, "Stream", lambda *_: StoredStream(golden, batch_size))
 
     def released_rate(step, total, warmup, peak, final):
         assert (total, warmup, final) == (steps, 8, config["min_lr"])
@@ -214,7 +223,7 @@ def test_forty_steps_are_those_of_the_released_code(tmp_path, monkeypatch, versi
              "--batch-size", batch_size, "--effective-batch-size", config["batch"], "--log-every", "1",
              "--epochs", config["epochs"], "--warmup-epochs", config["warmup_epochs"],
              "--lr", config["lr_as_used"] * 2048 / config["batch"], "--precision", "fp32"]  # fmt: skip
-    train.train(train.parse([str(flag) for flag in flags]))
+    train.train(parse(train.Args, [str(flag) for flag in flags]))
 
     lines = log_of(tmp_path)
     assert len(lines) == steps == 40

@@ -1,6 +1,11 @@
 """Files from others: in place of every pickled file that our loaders read stands one with a payload. Each is refused
 in plain words, and the payload does not run."""
 
+from engine.arguments import DEMO, DataArgs, RunArgs
+from engine.checkpoints import Resume, fingerprint, load_checkpoint, save_checkpoint
+from engine.errors import UserError
+from engine.sources import open_source
+
 import argparse
 import hashlib
 import io
@@ -21,12 +26,12 @@ from images import png, write_folder, write_tars
 from safetensors.torch import load_file
 from torch.optim.swa_utils import AveragedModel
 
-import cae
+import convert
 import finetune
 import probe
 import train
-from cae import CAE, CAEConfig, load_model, load_official, to_beit
-from train import DataArgs, Resume, RunArgs, UserError, load_checkpoint, open_source, save_checkpoint
+from cae import CAE, CAEConfig
+from convert import load_model, load_official, to_beit
 
 ATTACKS = ["mkdir", "system", "setstate"]
 
@@ -103,7 +108,7 @@ def prepared():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("run")
-    assert save_checkpoint(prepared()[0], run_dir, 1, [{"taken": 0}], RunArgs()) is None
+    assert save_checkpoint(prepared()[0], RunArgs(run_dir=str(run_dir)), 1, {0: {"taken": 0}}, {}) is None
     return run_dir / "checkpoints" / "step_00000001"
 
 
@@ -138,8 +143,8 @@ def test_a_checkpoint_without_payload_loads(checkpoint, tmp_path):
     for weight in (*model.parameters(), *average.parameters()):
         weight.data.fill_(7)
     random.seed(5)
-    trainer, places = load(accelerator, folder)
-    assert trainer["step"] == 1 and places == [{"taken": 0}]
+    progress = load(accelerator, folder)
+    assert progress.step == 1 and progress.data_states == {0: {"taken": 0}} and progress.path == folder
     assert not any((weight == 7).any() for weight in (*model.parameters(), *average.parameters()))
     state = random.getstate()
     random.seed(5)
@@ -230,7 +235,7 @@ def beit(tmp_path_factory):
 
 
 def read_teacher(folder):
-    return train.CLIPTeacher(str(folder), 4)
+    return train.CLIPTeacher(train.TargetArgs(teacher=str(folder)), 4)
 
 
 READERS = {
@@ -245,7 +250,7 @@ READERS = {
 @pytest.mark.parametrize("attack", ATTACKS)
 @pytest.mark.parametrize("reader", READERS)
 def test_a_folder_of_transformers_with_a_payload_is_refused(beit, tmp_path, reader, attack, bare, sharded):
-    source = train.DEMO / "clip_teacher" if reader == "--teacher" else beit
+    source = DEMO / "clip_teacher" if reader == "--teacher" else beit
     folder, mark = shutil.copytree(source, tmp_path / "folder"), tmp_path / "mark"
     names = list(load_file(folder / "model.safetensors"))
     file = with_bin(folder, attack, mark, bare) / "pytorch_model.bin"
@@ -264,14 +269,14 @@ def test_a_folder_of_transformers_with_a_payload_is_refused(beit, tmp_path, read
 @pytest.mark.parametrize("reader", READERS)
 def test_a_folder_of_transformers_with_an_honest_pickle_is_read(beit, tmp_path, reader):
     """Older models of the Hub have nothing else."""
-    folder = shutil.copytree(train.DEMO / "clip_teacher" if reader == "--teacher" else beit, tmp_path / "folder")
+    folder = shutil.copytree(DEMO / "clip_teacher" if reader == "--teacher" else beit, tmp_path / "folder")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     expected = READERS[reader](folder)
     (folder / "model.safetensors").unlink()
     found = READERS[reader](folder)
     if reader == "finetune":
         expected, found = expected.beit, found.beit
-    assert train.digest(expected) == train.digest(found)
+    assert fingerprint(expected.state_dict()) == fingerprint(found.state_dict())
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
@@ -302,7 +307,7 @@ def test_a_cae_with_a_payload_is_refused(tmp_path, monkeypatch, attack, bare):
             raise hub_mixin.EntryNotFoundError(filename)
         return str(folder / filename)
 
-    monkeypatch.setattr(cae, "hf_hub_download", download)
+    monkeypatch.setattr(convert, "hf_hub_download", download)
     monkeypatch.setattr(hub_mixin, "hf_hub_download", download)
     with pytest.raises(ValueError, match="some/model cannot be loaded") as caught:
         load_model("some/model")

@@ -1,6 +1,11 @@
 """Views and targets, by pictures of noise: of a smooth or symmetrical one, a mirror image or another interpolation is
 the same. And in which order files are written and named."""
 
+from engine.arguments import parse
+from engine.files import publish, replace_files, write_text
+from engine.frozen import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, Frozen
+from engine.images import CenterCrop, decode
+
 import io
 import os
 from pathlib import Path
@@ -25,13 +30,14 @@ from transformers.image_utils import (
 )
 
 import cae
+import convert
 import finetune
 import probe
 import train
 from cae import CAE, block_mask
 from finetune import TrainView
 from probe import Augment
-from train import CenterCrop, CLIPTeacher, Crops, DALLETeacher, PixelTeacher, decode
+from train import CLIPTeacher, Crops, DALLETeacher, PixelTeacher, TargetArgs
 
 CLIP_TINY = str(ROOT / "tests" / "golden" / "clip_tiny")
 
@@ -50,7 +56,7 @@ def encoded(image):
 
 
 def crops(*flags):
-    args = train.resolve(train.parse(["--dataset", "demo", *flags]))
+    args = train.resolve(parse(train.Args, ["--dataset", "demo", *flags]))
     return Crops(args, train.model_config(args))
 
 
@@ -144,7 +150,8 @@ def test_random_masks_are_uniform_and_blocks_are_not():
 
 @pytest.mark.parametrize(("method", "jitters"), [("cae-v2", True), ("cae", False)])
 def test_colours_are_jittered_by_default_in_the_recipe_of_cae_v2_alone(method, jitters):
-    args = train.resolve(train.parse(["--size", "base", "--method", method, "--crop-scale", "1", "1", "--flip", "0"]))
+    flags = ["--size", "base", "--method", method, "--crop-scale", "1", "1", "--flip", "0"]
+    args = train.resolve(parse(train.Args, flags))
     image = noise(224, 224)
     got = Crops(args, train.model_config(args))(image, 0)[0]
     assert torch.equal(got, image) != jitters
@@ -224,11 +231,11 @@ def test_the_flags_of_views_reach_the_images(tmp_path, monkeypatch, capsys, scri
              "--crop-scale", "1", "1"]  # fmt: skip
     if script == "train":
         flags += ["--size", "nano", "--teacher", str(ROOT / "demo" / "clip_teacher"), "--workers", "0"]
-        args = train.parse([*flags, "--run-dir", str(tmp_path / "run")])
+        args = parse(train.Args, [*flags, "--run-dir", str(tmp_path / "run")])
         learned, judged = shown(CAE, lambda: train.train(args))
     else:
         module, command, kind = {"finetune": (finetune, "classify", BeitForImageClassification),
-                                 "probe": (probe, "linear", probe.Frozen)}[script]  # fmt: skip
+                                 "probe": (probe, "linear", Frozen)}[script]  # fmt: skip
         learned, judged = shown(kind, lambda: call(
             monkeypatch, capsys, module, command, *flags, "--random-init", "nano", "--crop-ratio", 0.7,
             run_dir=tmp_path / "run"))  # fmt: skip
@@ -258,9 +265,9 @@ def test_transparency_is_a_share_of_white():
 
 
 def test_means_and_deviations_are_those_of_transformers():
-    assert list(train.CLIP_MEAN) == list(OPENAI_CLIP_MEAN) and list(train.CLIP_STD) == list(OPENAI_CLIP_STD)
-    assert list(cae.IMAGENET_MEAN) == list(IMAGENET_DEFAULT_MEAN)
-    assert list(cae.IMAGENET_STD) == list(IMAGENET_DEFAULT_STD)
+    assert list(CLIP_MEAN) == list(OPENAI_CLIP_MEAN) and list(CLIP_STD) == list(OPENAI_CLIP_STD)
+    for means, deviations in ((cae.IMAGENET_MEAN, cae.IMAGENET_STD), (IMAGENET_MEAN, IMAGENET_STD)):
+        assert list(means) == list(IMAGENET_DEFAULT_MEAN) and list(deviations) == list(IMAGENET_DEFAULT_STD)
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +302,7 @@ def pillows_resize(pixels, rows, columns):
 def test_clip_sees_the_crop_with_its_own_mean_and_deviation(patch):
     """4 x 4 patches, at 16 pixels a patch. Black and white, which overshoot where they are resized."""
     view = torch.rand(1, 3, 4 * patch, 4 * patch, generator=torch.Generator().manual_seed(0)).round()
-    got, _ = first_convolution(lambda: CLIPTeacher(CLIP_TINY, patch).eval()(view))
+    got, _ = first_convolution(lambda: CLIPTeacher(TargetArgs(teacher=CLIP_TINY), patch).eval()(view))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     torch.testing.assert_close(got[0], (pillows_resize(view[0], 64, 64) - mean) / std, rtol=0, atol=1e-4)
 
@@ -304,7 +311,7 @@ def test_clip_sees_the_crop_with_its_own_mean_and_deviation(patch):
 def test_dalle_sees_eight_pixels_a_patch_between_a_tenth_and_nine_tenths(codebook, patch):
     """3 x 5 patches."""
     view = torch.rand(1, 3, 3 * patch, 5 * patch, generator=torch.Generator().manual_seed(0)).round()
-    teacher = DALLETeacher(codebook, patch).eval()
+    teacher = DALLETeacher(TargetArgs(teacher=codebook), patch).eval()
     got, _ = first_convolution(lambda: teacher(view))
     expected = 0.1 + 0.8 * pillows_resize(view[0], 24, 40)
     torch.testing.assert_close(got[0], expected, rtol=0, atol=1e-5)
@@ -316,7 +323,7 @@ def test_dalle_sees_eight_pixels_a_patch_between_a_tenth_and_nine_tenths(codeboo
 def test_a_teacher_runs_in_the_precision_of_the_run(tmp_path, codebook, target, precision):
     flags = ["--dataset", "demo", "--batch-size", "4", "--effective-batch-size", "4", "--steps", "1", "--workers", "0"]
     more = ["--method", "cae", "--target", "dalle", "--teacher", codebook] if target == "dalle" else []
-    args = train.parse([*flags, *more, "--precision", precision, "--run-dir", str(tmp_path)])
+    args = parse(train.Args, [*flags, *more, "--precision", precision, "--run-dir", str(tmp_path)])
     notes = []
 
     def note(module, inputs):
@@ -339,16 +346,17 @@ def test_what_teachers_give(codebook):
     """In half precision: CLIP its own, DALL-E codes, pixels whole numbers of 255."""
     view = torch.rand(2, 3, 64, 64)
     with torch.no_grad():
-        assert CLIPTeacher(CLIP_TINY, 16).eval().bfloat16()(view).dtype == torch.bfloat16
-        codes, whole = (DALLETeacher(codebook, 16).eval().to(dtype)(view) for dtype in (torch.bfloat16, torch.float32))
+        assert CLIPTeacher(TargetArgs(teacher=CLIP_TINY), 16).eval().bfloat16()(view).dtype == torch.bfloat16
+        dalle = DALLETeacher(TargetArgs(teacher=codebook), 16).eval()
+        whole, codes = dalle(view), dalle.bfloat16()(view)
     assert codes.dtype == whole.dtype == torch.int64 and codes.shape == (2, 16)
-    assert PixelTeacher(16).bfloat16()(view).dtype == torch.float32
+    assert PixelTeacher(TargetArgs(), 16).bfloat16()(view).dtype == torch.float32
 
 
 def test_normalised_pixels_are_those_of_mae():
     """(x - mean) / sqrt(variance + 1e-6), with n - 1 in the variance; of so little contrast that both tell."""
     view = denormalized(1e-3 * torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)))
-    got = PixelTeacher(4, normalize_patches=True)(view)
+    got = PixelTeacher(TargetArgs(normalize_pixels=True), 4)(view)
     x = [[(view[0, k, i, j].item() - IMAGENET_DEFAULT_MEAN[k]) / IMAGENET_DEFAULT_STD[k]
           for i in range(4) for j in range(4, 8) for k in range(3)]]  # fmt: skip
     x = torch.tensor(x[0], dtype=torch.float64)
@@ -394,25 +402,25 @@ def safely_named(events, folder):
 
 
 def test_files_are_synced_before_they_get_their_name(tmp_path, events):
-    train.write_aside(tmp_path / "x.json", "text")
+    write_text(tmp_path / "x.json", "text")
     assert safely_named(events, tmp_path) == ["x.json"]
     events.clear()
     (tmp_path / "step.tmp" / "inner").mkdir(parents=True)
     (tmp_path / "step.tmp" / "inner" / "y").write_text("whole")
-    train.publish(tmp_path / "step.tmp", tmp_path / "step")
+    publish(tmp_path / "step.tmp", tmp_path / "step")
     assert safely_named(events, tmp_path) == ["step"]
     events.clear()
-    train.publish_files(tmp_path / "model", lambda folder: [(folder / name).write_text("z") for name in "abc"])
+    replace_files(tmp_path / "model", lambda folder: [(folder / name).write_text("z") for name in "abc"])
     assert safely_named(events, tmp_path) == ["model/a", "model/b", "model/c"]
 
 
 def test_a_run_and_an_export_sync_files_before_they_get_their_name(tmp_path, events):
     """And the log before the checkpoint that it belongs to."""
     flags = ["--dataset", "demo", "--batch-size", "4", "--effective-batch-size", "4", "--steps", "1", "--workers", "0"]
-    train.train(train.parse([*flags, "--run-dir", str(tmp_path / "run")]))
+    train.train(parse(train.Args, [*flags, "--run-dir", str(tmp_path / "run")]))
     files = [f"model/{path.name}" for path in (tmp_path / "run" / "model").iterdir()]
     assert safely_named(events, tmp_path / "run") == sorted(["config.json", "checkpoints/step_00000001", *files])
     (at,) = [i for i, event in enumerate(events) if event[0] == "name" and event[2].name == "step_00000001"]
     assert ("sync", tmp_path / "run" / "log.jsonl") in events[:at]
-    cae.export(cae.Export(str(tmp_path / "run"), "timm", str(tmp_path / "timm")))
+    convert.export(convert.Export(str(tmp_path / "run"), "timm", str(tmp_path / "timm")))
     assert "timm" in safely_named(events, tmp_path)

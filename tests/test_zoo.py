@@ -1,5 +1,11 @@
 """The fate of bad and odd images (zoo.py): used, with the right pixels, or skipped, counted and named."""
 
+from engine.arguments import DataArgs, parse
+from engine.errors import BadFilesError
+from engine.images import MAX_PIXELS, CenterCrop, decode, jpeg_pixels
+from engine.sources import open_source
+from engine.stream import Stream, load_chunk, one_pass
+
 import io
 import math
 import re
@@ -8,23 +14,23 @@ from collections import Counter
 
 import pytest
 import torch
+import torchvision
 import zoo
 from launch import ROOT, launch, log_of, succeeded
 from PIL import Image
 from zoo import COLOURS
 
-import train
-from train import CenterCrop, Crops, DataArgs, Stream, decode, load_chunk, one_pass, open_source, resolve
+from train import Args, Crops, model_config, resolve
 
 CASES = {case.name: case for case in zoo.zoo()}
 FILES = [case for case in CASES.values() if not case.row]
 USED = [case for case in FILES if case.used]
-BASE = resolve(train.parse(["--size", "base"]))
-VIEWS = [Crops(BASE, train.model_config(BASE)), CenterCrop(224, 0.875), CenterCrop(224, 1.0)]
+BASE = resolve(parse(Args, ["--size", "base"]))
+VIEWS = [Crops(BASE, model_config(BASE)), CenterCrop(224, 0.875), CenterCrop(224, 1.0)]
 GREYS = [round(0.299 * r + 0.587 * g + 0.114 * b) for r, g, b in COLOURS]
 
 
-def look(name):
+def decoded(name):
     """The decoded image, as integers (3, H, W)."""
     return decode(CASES[name].data).int()
 
@@ -54,23 +60,23 @@ def test_every_file_is_used_or_raises_the_stated_reason():
      ("unlabelled.jpg", 4)],
 )  # fmt: skip
 def test_colours_are_right(name, tolerance):
-    assert look(name).shape == (3, 48, 64)
-    assert near(look(name), COLOURS, tolerance)
+    assert decoded(name).shape == (3, 48, 64)
+    assert near(decoded(name), COLOURS, tolerance)
 
 
 def test_grey_has_three_channels():
-    image = look("grey.jpg")
+    image = decoded("grey.jpg")
     assert near(image, [[grey] * 3 for grey in GREYS], 4) and (image == image[:1]).all()
 
 
 def test_16_bits_are_scaled_not_clipped():
     for name in ("grey16.png", "grey16.tif"):
-        assert (look(name).flatten(1) - torch.arange(256)).abs().max() <= 1, name
+        assert (decoded(name).flatten(1) - torch.arange(256)).abs().max() <= 1, name
 
 
 def test_what_is_transparent_is_white():
     for name in ("palette-alpha.png", "alpha.png", "alpha.webp", "grey-alpha.png"):
-        image = look(name)
+        image = decoded(name)
         assert (image[:, :, :4] == 255).all(), name
         colour = [GREYS[0]] * 3 if name == "grey-alpha.png" else COLOURS[0]
         assert (image[:, :, 4:] == torch.tensor(colour)[:, None, None]).all(), name
@@ -78,18 +84,18 @@ def test_what_is_transparent_is_white():
 
 def test_of_a_cut_off_file_what_is_there_is_used():
     noise = torch.frombuffer(bytearray(zoo.noise().tobytes()), dtype=torch.uint8).view(48, 64, 3).permute(2, 0, 1)
-    assert torch.equal(look("cut.png")[:, :22], noise[:, :22].int())
-    assert (look("cut.png")[:, -20:] == 0).all()
+    assert torch.equal(decoded("cut.png")[:, :22], noise[:, :22].int())
+    assert (decoded("cut.png")[:, -20:] == 0).all()
     whole = decode(zoo.jpeg(zoo.noise())).int()
-    image = look("cut-in-scan.jpg")
+    image = decoded("cut-in-scan.jpg")
     assert torch.equal(image[:, :16], whole[:, :16]) and (image[:, -8:] - 128).abs().max() <= 1
-    assert (look("cut-before-pixels.jpg")[:, 16:] == 128).all()
-    image = look("cut.bmp")  # from the bottom up
+    assert (decoded("cut-before-pixels.jpg")[:, 16:] == 128).all()
+    image = decoded("cut.bmp")  # from the bottom up
     assert image[:, 36, 16].tolist() == list(COLOURS[2]) and (image[:, :20] == 0).all()
 
 
 def test_the_first_frame_is_the_image():
-    image = look("animated.gif")
+    image = decoded("animated.gif")
     assert image.shape == (3, 7, 9) and (image == torch.tensor(COLOURS[0])[:, None, None]).all()
     with Image.open(io.BytesIO(CASES["animated.gif"].data)) as gif:
         assert gif.n_frames == 3
@@ -100,7 +106,7 @@ def test_the_orientation_of_exif_is_ignored_as_in_the_released_code():
     data = CASES["exif-turned.jpg"].data
     with Image.open(io.BytesIO(data)) as image:
         assert image.getexif()[0x0112] == 6
-    assert torch.equal(look("exif-turned.jpg"), look("plain.jpg"))
+    assert torch.equal(decoded("exif-turned.jpg"), decoded("plain.jpg"))
 
 
 @pytest.mark.parametrize("name", [case.name for case in USED])
@@ -143,11 +149,11 @@ def test_of_other_images_the_centre_is_what_it_was():
 
 @pytest.mark.parametrize("name", [case.name for case in FILES if "bomb" in case.name])
 def test_a_bomb_costs_nothing(name, monkeypatch):
-    def decoded(*_, **__):
+    def asked(*_, **__):
         pytest.fail("the decoder was asked")
 
     if name != "bomb-twice.jpg":  # torchvision's decoder refuses a second size by itself
-        monkeypatch.setattr(train, "decode_jpeg", decoded)
+        monkeypatch.setattr(torchvision.io, "decode_jpeg", asked)
     case, before = CASES[name], most_memory()
     assert len(case.data) < 70_000
     if case.used:
@@ -160,7 +166,7 @@ def test_a_bomb_costs_nothing(name, monkeypatch):
 
 def test_the_limit_lies_where_it_says():
     """One line more than the limit is refused, the limit itself is not: a file without pixels is all grey."""
-    assert train.MAX_PIXELS == 2**27
+    assert MAX_PIXELS == 2**27
     with pytest.raises(Image.DecompressionBombError):
         decode(zoo.claiming_jpeg(2**15, 2**12 + 1, "L"))
     assert decode(zoo.claiming_jpeg(2**15, 2**12, "L")).shape == (3, 2**12, 2**15)
@@ -170,14 +176,14 @@ def test_the_limit_lies_where_it_says():
                                      {"icc_profile": bytes(200_000)}])  # fmt: skip
 def test_the_size_of_a_jpeg_is_read_from_its_header(options):
     data = zoo.jpeg(zoo.picture(size=(500, 375)), **options)
-    assert train.jpeg_pixels(data) == 500 * 375
+    assert jpeg_pixels(data) == 500 * 375
     before = data.index(b"\xff\xc2" if options.get("progressive") else b"\xff\xc0")
-    assert all(train.jpeg_pixels(data[:end]) == math.inf for end in range(min(before + 2, 1500)))
-    assert train.jpeg_pixels(data[:before] + b"\xff" + data[before:]) == math.inf
+    assert all(jpeg_pixels(data[:end]) == math.inf for end in range(min(before + 2, 1500)))
+    assert jpeg_pixels(data[:before] + b"\xff" + data[before:]) == math.inf
 
 
 class Rows:
-    """In place of train.Source, for rows that no format could hold."""
+    """In place of engine.sources.Source, for rows that no format could hold."""
 
     image_column, classes = "image", None
 
@@ -279,7 +285,7 @@ def test_a_stream_uses_what_has_no_label_in_pretraining(data_sets):
     at = names.index("unlabelled.jpg")
     chunk = load_chunk(rows, CenterCrop(8, 1.0), 0, [(0, at, rows.data[at])])
     assert chunk["ids"].tolist() == [[0, at]] and not chunk["skipped"]
-    with pytest.raises(train.BadFilesError, match="more than 1 %: repair or remove them"):
+    with pytest.raises(BadFilesError, match="more than 1 %: repair or remove them"):
         for stream in [Stream(open_source(args), CenterCrop(8, 1.0), args, 0)]:
             for _ in range(50):
                 next(stream)

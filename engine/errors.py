@@ -1,7 +1,7 @@
 """What can go wrong, in one line each: by whom (the user, the run), with which exit code, on which process."""
 
 import atexit
-import multiprocessing
+import multiprocessing.util  # registers its handler of the exit: ours, registered later, runs first
 import os
 import pickle
 import signal

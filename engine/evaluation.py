@@ -1,6 +1,6 @@
 """How good is it? Accuracy over all ranks, weighted kNN, and published figures to print beside ours."""
 
-from engine.errors import BadFilesError, ServerGoneError
+from engine.errors import BadFilesError, RunError
 from engine.images import to_device
 from engine.log import watch
 from engine.run import raise_together
@@ -56,7 +56,7 @@ def accuracy(accelerator, model, batches, shape=()):
             with accelerator.autocast():
                 total += hits(model(inputs), labels)
             images += len(labels)
-    except (BadFilesError, ServerGoneError) as error:  # other ranks may have all of their images
+    except (BadFilesError, RunError) as error:  # other ranks may have all of their images
         trouble = error
     raise_together(trouble)
     total, images = accelerator.reduce(total, "sum"), accelerator.reduce(images, "sum").item()

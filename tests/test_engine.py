@@ -869,12 +869,16 @@ def test_accuracy_is_over_all_images(monkeypatch):
     double = alone(reduce=lambda x, how: 2 * x if how == "sum" else x)  # another process with the same images
     assert accuracy(double, heads, batches, (2,)) == (tops, 8)
 
-    def fails():
+    def fails(error):
         yield batches[0]
-        raise BadFilesError("too many")
+        raise error
 
-    with pytest.raises(UserError, match="too many"):
-        accuracy(alone(), heads, fails(), (2,))
+    for error in (BadFilesError("too many"), ServerGoneError("away"), RunError("killed")):
+        sent = []
+        monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine, sent=sent: sent.extend(mine) or mine)
+        with pytest.raises(UserError if isinstance(error, UserError) else RunError, match=str(error)):
+            accuracy(alone(), heads, fails(error), (2,))
+        assert sent == [(isinstance(error, UserError), str(error))], "the other processes hear of it"
     monkeypatch.setattr(accelerate.utils, "gather_object", lambda mine: [*mine, (True, "his")])
     with pytest.raises(UserError, match="his"):
         accuracy(alone(), heads, batches, (2,))

@@ -473,8 +473,8 @@ def classify(args):
             ema.eval().requires_grad_(False).update_parameters(unwrapped)  # the first call copies: it starts from here
             run.accelerator.register_for_checkpointing(ema)
         eval_model = unwrapped if ema is None else ema  # what is evaluated and written
-        # A checkpoint holds weights, optimizer state, EMA, the evaluations so far, the number of steps and of skipped
-        # ones, and the position in the data. If there is one, the run goes on from it.
+        # Restores what a checkpoint holds, if there is one: weights, optimizer state, EMA, the evaluations so far, the
+        # number of steps and of skipped ones, the position in the data.
         run.resume(length, unwrapped.config.to_dict())
         evaluations = run.memory.setdefault("evaluations", [])
         stream = run.stream(train_source, TrainView(args.model.image_size, recipe))

@@ -638,8 +638,8 @@ def train_heads(run, extractor, train_source, val_source, length, warmup, descri
               f"{train_source.num_images} images", file=sys.stderr)  # fmt: skip
     heads, optimizer = run.prepare(heads, optimizer)  # DDP; forward under autocast
     unwrapped = run.accelerator.unwrap_model(heads)
-    # A checkpoint holds the heads, optimizer state, the evaluations so far and kNN, the number of steps, and the
-    # position in the data. If there is one, the run goes on from it.
+    # Restores what a checkpoint holds, if there is one: the heads, optimizer state, the evaluations so far and kNN, the
+    # number of steps, the position in the data.
     run.resume(length, description)
     if run.progress.step >= length.steps and (run.folder / "result.json").exists():
         return None

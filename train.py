@@ -7,7 +7,7 @@ Pretraining from the first line to the last: the targets, the student's view wit
 the schedule, the loop. The model and its losses are in cae.py; engine/ is what every run needs and no paper mentions.
 
 Everything random about an image (its position in the shuffled epoch, crop, flip, colours, mask) is a pure function of
-seed, epoch and the image's index in the data; everything random in a step (stochastic depth) one of seed and step.
+seed, epoch and the image's index in the data; stochastic depth is one of seed, step, micro-batch and part of the data.
 """
 
 # engine comes first: it sets what has to be set before torch is imported.
@@ -190,7 +190,7 @@ class Crops:
         self.transform = v2.Compose([*crop, *jitter])
 
     def __call__(self, image, seed):
-        """uint8 (3, H, W) -> uint8 (3, S, S), visible (Nv), masked (Nm)."""
+        """uint8 (3, H, W) -> uint8 (3, S, S), visible (Nv), masked (Nm): indices of patches, int64."""
         torch.default_generator.manual_seed(seed)  # torch.manual_seed would also queue a call for a GPU, each time
         image = self.transform(image)
         if self.mask == "block":
@@ -410,7 +410,7 @@ def train(args):
         length = length_of_run(args.run, args.data, source)
         warmup = warmup_steps(length, recipe.warmup_epochs)
 
-        torch.manual_seed(args.run.seed)
+        torch.manual_seed(args.run.seed)  # of the initial weights
         model = CAE(config)
         model.encoder.checkpoint_blocks = recipe.checkpoint_blocks
         betas = (recipe.beta1, recipe.beta2)  # the learning rate is set in every step
@@ -423,37 +423,38 @@ def train(args):
                    f"{config.num_patches} patches masked", length)  # fmt: skip
 
         model, optimizer = run.prepare(model, optimizer)  # DDP; forward under autocast
-        # A checkpoint holds weights, optimizer state, the number of steps and of skipped ones, and the position in the
-        # data; all else that is random follows from these and the seed. If there is one, the run goes on from it.
+        # Restores what a checkpoint holds, if there is one: weights, optimizer state (with fp16 the scaler's, too), the
+        # number of steps and of skipped ones, the position in the data. Random numbers follow from these and the seed.
         run.resume(length, dataclasses.asdict(config))
         stream = run.stream(source, Crops(args, config))  # batches of images and masks
         model.train()
 
         def write_model(folder, step, weights):
-            """model/ beside each checkpoint, for CAE.from_pretrained. `weights`: whole, under the model's own names."""
+            """RUN/model/, replaced at each checkpoint, for CAE.from_pretrained; `weights` are whole, on the host."""
             unwrapped = CAE(config)
             unwrapped.load_state_dict(weights)
             unwrapped.save_pretrained(folder)
 
         peak = recipe.lr * args.data.effective_batch_size / 2048
-        # From the checkpoint's step on; in between it logs (--log-every) and saves (--checkpoint-every).
+        # From the checkpoint's step on. After each step's body: a line of the log every --log-every steps, a checkpoint
+        # every --checkpoint-every, both at the end and on a signal.
         for step in run.steps(stream, write_model=write_model):
             lr = learning_rate(step, length.steps, warmup, peak, recipe.min_lr)
             weight_decay = cosine(step, length.steps, recipe.weight_decay, recipe.weight_decay_end)
             for group in optimizer.param_groups:
                 group["lr"] = lr
                 group["weight_decay"] = weight_decay if group["decay"] else 0.0
-            run.log({"lr": lr, "weight_decay": weight_decay})
+            run.log({"lr": lr, "weight_decay": weight_decay})  # numbers: of the line's last step
 
             # Gradients add up over run.accumulation micro-batches: effective batch / (batch of a process * processes).
-            for images, visible, masked in run.micro_batches():
+            for images, visible, masked in run.micro_batches():  # on the device; each has a seed of its own
                 pixels = images.float() / 255                                            # (B, 3, S, S)
                 with torch.no_grad():
-                    target = teacher(pixels)  # the one line in which targets are made
+                    target = teacher(pixels)  # the one line in which it is made (CAE's alignment has its own, in cae.py)
                 with run.accumulate(model):  # DDP joins gradients in the last micro-batch only
                     losses = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), visible, masked, target)
-                    run.backward(losses["loss"])  # (loss / run.accumulation).backward()
-                run.log(losses)
+                    run.backward(losses["loss"])  # (loss / run.accumulation).backward(); not finite: all gradients nan
+                run.log(losses)  # tensors: means over micro-batches, steps and processes
             # Clips the gradient, optimizer.step(), optimizer.zero_grad(); skipped if the gradient is not finite.
             run.update(optimizer, clip_grad=recipe.clip_grad)
 

@@ -450,7 +450,7 @@ def train(args):
             for images, visible, masked in run.micro_batches():  # on the device; each has a seed of its own
                 pixels = images.float() / 255                                            # (B, 3, S, S)
                 with torch.no_grad():
-                    target = teacher(pixels)  # the one line in which it is made (CAE's alignment has its own, in cae.py)
+                    target = teacher(pixels)  # the one line in which it is made; CAE's alignment has its own, in cae.py
                 with run.accumulate(model):  # DDP joins gradients in the last micro-batch only
                     losses = model(normalize(pixels, IMAGENET_MEAN, IMAGENET_STD), visible, masked, target)
                     run.backward(losses["loss"])  # (loss / run.accumulation).backward(); not finite: all gradients nan

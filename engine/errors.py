@@ -25,6 +25,10 @@ class ServerGoneError(RunError):
     """A data server stayed away for too long: one rank may see it alone, and says so itself."""
 
 
+class LoadingError(RunError):
+    """A loading process was killed: one rank may see it alone, and says so itself."""
+
+
 class PeerError(RunError):
     """Another process of this run died or does not answer: nothing that waits for it may follow."""
 
@@ -52,7 +56,8 @@ def command_line(work):
         with dead_peers():
             work()
     except (UserError, RunError) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, (BadFilesError, ServerGoneError, PeerError)):
+        seen_alone = (BadFilesError, ServerGoneError, LoadingError, PeerError)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, seen_alone):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, PeerError):
             stop_workers()

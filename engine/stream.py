@@ -6,7 +6,7 @@ chunks to batches. Every chunk says at which position its worker stands "after" 
 """
 
 from engine.arguments import ImagesArgs
-from engine.errors import STOP_SIGNALS, BadFilesError, RunError, ServerGoneError, UserError, first_line, require
+from engine.errors import STOP_SIGNALS, BadFilesError, LoadingError, ServerGoneError, UserError, first_line, require
 from engine.images import decode
 from engine.network import NetworkError, Outage, patiently
 from engine.seeds import permutation, seed_of
@@ -211,7 +211,9 @@ class ChunkReader:
 
     def __init__(self, source, view, data, seed, part, parts, position=None, first_pass=0, readers=None):
         self.source, self.in_process = source, not data.workers
-        self.images = max(1, (source.num_images or 1000) // parts)  # of this part, in a pass
+        # images of a pass by which bad files are judged: of this part or, in an evaluation, of all
+        self.images = max(1, (source.num_images or 1000) // (1 if seed is None else parts))
+        import torchvision.io  # noqa: F401 (here, or each loading process would import it for itself)
         options = dict(batch_size=None, prefetch_factor=2 if data.workers else None, worker_init_fn=ignore_signals)
         if source.streaming:
             readers = readers or num_readers(source, data.workers, parts)
@@ -232,7 +234,7 @@ class ChunkReader:
             self.loaders = [iter(DataLoader(rows, sampler=order, num_workers=data.workers, **options))]
 
     def next_chunk(self):
-        """Raises BadFilesError for too many bad files, ServerGoneError, RunError for a killed loading process."""
+        """Raises BadFilesError for too many bad files, ServerGoneError, LoadingError for a killed loading process."""
         position = self.position
         while position["turn"] in position["ended"]:
             position["turn"] = (position["turn"] + 1) % len(self.loaders)
@@ -244,7 +246,7 @@ class ChunkReader:
         except (RuntimeError, OSError, EOFError) as error:
             if self.in_process or str(error).startswith("Caught "):  # raised by what a loading process does
                 raise
-            raise RunError(f"a loading process was killed; is there enough memory? {first_line(error)}") from error
+            raise LoadingError(f"a loading process was killed; is there enough memory? {first_line(error)}") from error
         if "failed" in chunk:
             raise chunk["failed"]
         position["places"][reader] = chunk.pop("after")

@@ -38,6 +38,7 @@ from engine.checkpoints import (
 from engine.errors import (
     STOP_SIGNALS,
     BadFilesError,
+    LoadingError,
     PeerError,
     RunError,
     ServerGoneError,
@@ -890,7 +891,7 @@ def test_accuracy_is_over_all_images(monkeypatch):
 @pytest.mark.parametrize(("error", "rank", "code", "told"), [
     (UserError("a"), "0", 2, True), (RunError("a"), "0", 1, True), (UserError("a"), "1", 2, False),
     (RunError("a"), "1", 1, False), (BadFilesError("a"), "1", 2, True),
-    (ServerGoneError("a"), "1", 1, True), (PeerError("a"), "1", 1, True),
+    (ServerGoneError("a"), "1", 1, True), (PeerError("a"), "1", 1, True), (LoadingError("a"), "1", 1, True),
 ])  # fmt: skip
 def test_exit_codes(error, rank, code, told, monkeypatch, capsys):
     """One line for all processes, by the first; what one of them may see alone, it says itself."""

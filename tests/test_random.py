@@ -249,10 +249,10 @@ def test_one_percent_of_bad_files_is_the_most_in_training():
 
 
 def test_one_percent_of_bad_files_is_the_most_in_an_evaluation():
-    def read_with(bad, images):
+    def read_with(bad, images, world=1):
         source, read = in_memory([b"<html>" if n in bad else png(0) for n in range(images)]), 0
         try:
-            for chunk in one_pass(source, Numbers(), 1, 0):
+            for chunk in one_pass(source, Numbers(), 1, 0, 0, world):
                 read += len(chunk["ids"]) + len(chunk["skipped"])
         except UserError as error:
             assert "could not be used, more than 1 %" in str(error)
@@ -260,6 +260,7 @@ def test_one_percent_of_bad_files_is_the_most_in_an_evaluation():
         return None
 
     assert read_with([0, 1], 200) is None and read_with([0, 1, 2], 200) == 3
+    assert read_with([0, 4], 200, world=4) is None and read_with([0, 4, 8], 200, world=4) == 3, "of the whole split"
     assert read_with(range(11), 1102) == 11
     assert read_with([*range(10), 1098], 1102) == 1099 and read_with([*range(10), 1099], 1102) is None
 

@@ -874,7 +874,17 @@ def require_tokens(encoder, size):
 
 
 def main():
-    command_line(lambda: evaluate_encoder(parse(Command, description=__doc__.partition("\n\n")[0])))
+    command, *flags = sys.argv[1:] or [""]
+    kinds = {"knn": KNN, "linear": Linear, "attentive": Attentive}
+
+    def work():
+        if command in kinds:  # the flags of this one are enough
+            args = parse(kinds[command], flags, prog=f"probe.py {command}")
+        else:
+            args = parse(Command, description=__doc__.partition("\n\n")[0])
+        evaluate_encoder(args)
+
+    command_line(work)
 
 
 if __name__ == "__main__":

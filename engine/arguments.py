@@ -7,6 +7,7 @@ from engine.errors import UserError, require
 
 import dataclasses
 import enum
+import gc
 import inspect
 import os
 import re
@@ -140,12 +141,16 @@ class RunArgs(DeviceArgs):
 
 
 def parse(kind, argv=None, **options):
-    """Command line -> `kind`, a dataclass or a choice of them. The default of --streaming depends on the data
-    set, hence the second reading."""
-    first = tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), **options)
-    default = type(first)()
-    default.data.streaming = local_path(first.data.dataset) is None or first.data.dataset == "demo"
-    return tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
+    """Command line -> `kind`, a dataclass or a choice of them. The default of --streaming depends on the data set,
+    hence the second reading."""
+    try:
+        first = tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), **options)
+        default = type(first)()
+        default.data.streaming = local_path(first.data.dataset) is None or first.data.dataset == "demo"
+        return tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
+    except SystemExit:  # --help, or a wrong flag
+        gc.freeze()  # the end would look through all of torch for cycles, for a fifth of the time of an answer
+        raise
 
 
 def fill(group, name, value):

@@ -513,6 +513,16 @@ def test_a_damaged_checkpoint_of_another_run_is_left_alone(tmp_path, capsys):
     assert not bad.exists() and bad.with_name("step_00000006.damaged").exists()
 
 
+def test_a_damaged_checkpoint_of_another_run_makes_no_branch(tmp_path):
+    """The one before it is older than what the run's own folder has."""
+    good, bad = saved(tmp_path / "theirs", 3), saved(tmp_path / "theirs", 6)
+    saved(tmp_path / "ours", 5)
+    assert sound_checkpoint(alone(), [bad, good], tmp_path / "ours") == bad
+    (bad / "data_0.json").write_text("?")
+    with pytest.raises(UserError, match="goes on to step_00000005: pass --resume auto, or to branch off another"):
+        sound_checkpoint(alone(), [bad, good], tmp_path / "ours")
+
+
 def test_left_overs_are_taken_away(tmp_path):
     """Files and folders that have no name yet, and nothing else."""
     saved(tmp_path, 3)

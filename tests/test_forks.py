@@ -2,7 +2,7 @@
 older run folders, longer runs, optimizers of any kind."""
 
 from engine.arguments import Mark, RunArgs, parse
-from engine.checkpoints import plan_resume, write_config
+from engine.checkpoints import Resume, plan_resume, write_config
 from engine.errors import UserError
 from engine.run import Run, step_unless
 
@@ -98,6 +98,16 @@ def test_a_new_flag_does_not_stop_an_old_run(tmp_path):
     assert resume.changed == {} and resume.added == {"loss": "cosine"} and len(resume.candidates) == 1
     with pytest.raises(UserError, match=r"another configuration \(lr 0.1 -> 0.2\): .* --resume-changed"):
         plan_resume(run, {"lr": 0.2, "loss": "cosine"}, MARKS)
+
+
+def test_a_change_beyond_the_checkpoint_counts_from_there():
+    """A run that goes on from step 50 though its data changed at 100: they begin anew there, and only there."""
+    resume = Resume(history=[{"step": 100, "values": {"seed": [0, 1]}}], marks=MARKS)
+    assert resume.data_begin_anew(50) and not resume.data_begin_anew(101)
+    again = Resume(history=resume.changes(50), marks=MARKS)
+    assert again.history == [{"step": 50, "values": {"seed": [0, 1]}}]
+    assert again.data_begin_anew(50), "killed before its first checkpoint"
+    assert not again.data_begin_anew(60)
 
 
 @pytest.mark.parametrize(("old", "new", "allowed"), [

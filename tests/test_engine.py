@@ -85,6 +85,7 @@ import torch
 from huggingface_hub.errors import HTTPError
 from images import Numbers, png, write_folder, write_parquet, write_tars
 from reference import seed_of
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
 import convert
 import train
@@ -1018,16 +1019,20 @@ def test_a_run_folder_is_named_after_one_origin():
 # ---------------------------------------------------------------------------------------------- other people's encoders
 
 
-def test_a_teacher_is_frozen():
+def test_a_teacher_is_frozen(tmp_path):
     args = train.Args(model=train.ModelArgs(method="cae"), data=DataArgs(dataset="demo"))
     for normal in (True, False):
         args.target.normalize_pixels = normal
         resolved = train.resolve(args)
         assert train.build_teacher(resolved, train.model_config(resolved)).normalize_patches == normal
-    args = train.resolve(train.Args(data=DataArgs(dataset="demo")))
-    teacher = train.build_teacher(args, train.model_config(args))
-    assert not any(module.training for module in teacher.modules())
-    assert not any(weight.requires_grad for weight in teacher.parameters())
+    FlavaImageCodebook(FlavaImageCodebookConfig(hidden_size=8, vocab_size=50)).save_pretrained(tmp_path)
+    dalle = train.TargetArgs(target="dalle", teacher=str(tmp_path))
+    for args in (train.Args(), train.Args(model=train.ModelArgs(method="cae"), target=dalle)):
+        args.data.dataset = "demo"
+        args = train.resolve(args)
+        teacher = train.build_teacher(args, train.model_config(args))
+        assert not any(module.training for module in teacher.modules())
+        assert not any(weight.requires_grad for weight in teacher.parameters())
 
 
 def test_a_random_encoder_is_that_of_its_seed():

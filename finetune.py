@@ -261,7 +261,7 @@ def of_beit(name, config):
     require(kind == "beit", f"--checkpoint {name} is a {kind}: a CAE or a BEiT of transformers is needed")
     tuned = "BeitForImageClassification" in (config.get("architectures") or [])
     model_class = BeitForImageClassification if tuned else BeitModel
-    model = load_pretrained(name, model_class, ("beit",), "a BEiT", "--checkpoint")
+    model = load_pretrained(name, model_class, ("beit",), "a BEiT", "--checkpoint", config)
     beit, classifier = (model.beit, model.classifier) if tuned else (model, None)
     names = model.config.id2label if tuned else {}
     shape = beit.config

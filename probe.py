@@ -267,7 +267,7 @@ def task_of(args):
 
 def load_encoder(args, seed=0):
     """EncoderArgs -> Frozen. Raises UserError."""
-    return open_encoder(args, seed, of_cae, lambda name, config: load_frozen(name, "--checkpoint"))
+    return open_encoder(args, seed, of_cae, lambda name, config: load_frozen(name, "--checkpoint", config=config))
 
 
 def of_cae(model):

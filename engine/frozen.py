@@ -101,13 +101,13 @@ class Frozen(nn.Module):
 # Loading.
 
 
-def load_frozen(name, flag, kinds=tuple(KINDS), projection=False):
+def load_frozen(name, flag, kinds=tuple(KINDS), projection=False, config=None):
     """Frozen of a transformers folder or Hub id, of one of these `kinds` (model_types); with CLIP's `projection`, if
-    that is needed. Mean, standard deviation and image size are those of its own image processor. Raises UserError,
-    naming the flag."""
+    that is needed; `config` is its config.json, if that has been read. Mean, standard deviation and image size are
+    those of its own image processor. Raises UserError, naming the flag."""
     import transformers
 
-    config = config_of(name, flag)
+    config = config or config_of(name, flag)
     kind = KINDS.get(config.get("model_type"), CLIP if projection else None)
     known = ", ".join(KINDS)
     require(kind, f"{flag} {name} is a {config.get('model_type')}: no encoder that is known here ({known})")
@@ -116,7 +116,7 @@ def load_frozen(name, flag, kinds=tuple(KINDS), projection=False):
         bare = config.get("architectures") == ["CLIPVisionModel"] and not projection
         model_class = transformers.CLIPVisionModel if bare else transformers.CLIPVisionModelWithProjection
         description = "a CLIP vision model with projection" if projection else description
-    model = load_pretrained(name, model_class, kinds, description, flag).float()
+    model = load_pretrained(name, model_class, kinds, description, flag, config).float()
     processor, config = image_processor_of(name, flag), model.config
     size = config.image_size if isinstance(config.image_size, int) else config.image_size[0]
     crop = processor.get("crop_size")
@@ -125,13 +125,13 @@ def load_frozen(name, flag, kinds=tuple(KINDS), projection=False):
                   processor.get("image_mean"), processor.get("image_std"), crop)  # fmt: skip
 
 
-def load_pretrained(name, model_class, kinds, description, flag):
-    """A transformers model of one of these `kinds` (model_types) from a folder or the Hub, with all of its weights.
-    Raises UserError, naming the flag."""
+def load_pretrained(name, model_class, kinds, description, flag, config=None):
+    """A transformers model of one of these `kinds` (model_types) from a folder or the Hub, with all of its weights;
+    `config` is its config.json, if that has been read. Raises UserError, naming the flag."""
     from safetensors import SafetensorError
     from transformers.utils import logging
 
-    kind = config_of(name, flag).get("model_type")
+    kind = (config or config_of(name, flag)).get("model_type")
     require(kind is None or kind in kinds, f"{flag} {name} is a {kind}: {description} is needed")
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()

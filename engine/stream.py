@@ -210,10 +210,11 @@ class ChunkReader:
     """
 
     def __init__(self, source, view, data, seed, part, parts, position=None, first_pass=0, readers=None):
+        import torchvision.io  # noqa: F401 (here, or each loading process would import it for itself)
+
         self.source, self.in_process = source, not data.workers
         # images of a pass by which bad files are judged: of this part or, in an evaluation, of all
         self.images = max(1, (source.num_images or 1000) // (1 if seed is None else parts))
-        import torchvision.io  # noqa: F401 (here, or each loading process would import it for itself)
         options = dict(batch_size=None, prefetch_factor=2 if data.workers else None, worker_init_fn=ignore_signals)
         if source.streaming:
             readers = readers or num_readers(source, data.workers, parts)

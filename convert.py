@@ -5,6 +5,7 @@
 
 from engine.errors import BAD_PICKLE, RunError, UserError, command_line, first_line, require
 from engine.files import publish
+from engine.network import hub_problem
 
 import argparse
 import copy
@@ -39,6 +40,11 @@ logger = logging.getLogger("convert")
 
 # ----------------------------------------------------------------------------------------------------------------
 # In: checkpoints of the released code, and whatever else holds a CAE.
+
+WHERE_RELEASED = (
+    "the authors' own weights of CAE are linked at https://github.com/Atten4Vis/CAE, encoders of CAE v2 are files on "
+    "the Hub: xbsu/LW-DETR::pretrain_weights/caev2_base_300e_objects365.pth (tiny and small likewise)"
+)
 
 # Our name -> the released one, applied in this order.
 _RENAME = [
@@ -127,12 +133,13 @@ def _read_official(source):
     state, path = source, str(source)
     if isinstance(source, (str, Path)):
         if "::" in path:
+            problem = hub_problem()
             try:
                 path = hf_hub_download(*path.split("::", 1))
             except (HfHubHTTPError, OSError, ValueError) as error:
-                raise FileNotFoundError(f"{source} cannot be had from the Hub: {error}") from error
+                raise FileNotFoundError(f"{source} cannot be had from the Hub: {problem or error}") from error
         if not Path(path).is_file():
-            raise FileNotFoundError(f"checkpoint {path} does not exist")
+            raise FileNotFoundError(f"checkpoint {path} does not exist; {WHERE_RELEASED}")
         try:
             if path.endswith(".safetensors"):
                 state = load_file(path)
@@ -218,11 +225,12 @@ def load_model(checkpoint):
             raise FileNotFoundError(f"{path} holds no config.json: it is no model; give {accepted}")
     else:
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise FileNotFoundError(f"{name} does not exist: give {accepted}")
+            raise FileNotFoundError(f"{name} does not exist: give {accepted}; {WHERE_RELEASED}")
+        problem = hub_problem()  # its cache may do
         try:
             path, config = name, hf_hub_download(name, "config.json")
         except (HfHubHTTPError, OSError, ValueError) as error:
-            reason = textwrap.shorten(str(error), 200)
+            reason = problem or textwrap.shorten(str(error), 200)
             raise FileNotFoundError(f"{name} is no file or folder, nor to be had from the Hub: {reason}") from error
     try:
         fields = json.loads(Path(config).read_text())
@@ -507,7 +515,12 @@ def block_state(take, block, scale, mlp):
 
 @dataclass
 class Export:
-    """Write the encoder of a checkpoint in the form of another library, and measure how exact it is."""
+    """Write the encoder of a checkpoint in the form of another library, and measure how exact it is.
+
+    examples:
+      python convert.py --checkpoint runs/mine --to beit --output runs/mine-beit
+      python convert.py --checkpoint cae_base.pth --to onnx --output runs/cae-onnx
+    """
 
     checkpoint: str
     """Run folder; model/ folder; Hub id; released .pth, also owner/name::path."""

@@ -28,7 +28,7 @@ from engine.arguments import (
 )
 from engine.checkpoints import args_of_run, fingerprint, write_config, write_model_folder
 from engine.errors import RunError, command_line, first_line, require
-from engine.evaluation import PUBLISHED, accuracy, evaluation_batches
+from engine.evaluation import PUBLISHED, accuracy, evaluation_batches, warn_if_seen
 from engine.files import write_text
 from engine.frozen import load_pretrained
 from engine.images import CenterCrop, crop_and_flip, normalize
@@ -132,7 +132,8 @@ class TuneData(DataArgs):
     batch_size: AutoInt = None
     """Images per process and forward pass. Default: 128, or the effective batch size's share if that is less."""
     effective_batch_size: AutoInt = None
-    """Images per optimizer step over all processes, reached by accumulation. Default: 1024, cae 4096 (nano: 32)."""
+    """Images per optimizer step over all processes, reached by accumulation. Default: 1024, cae 4096 (nano: 32); where
+    a pass would be shorter than eight steps half of it, a quarter, ... down to 32."""
 
 
 @dataclass
@@ -147,7 +148,21 @@ class TuneRun(RunArgs):
 
 @dataclass
 class Classify:
-    """Image classification, end to end."""
+    """Image classification, end to end.
+
+    essentials:
+      --checkpoint CHECKPOINT     run folder, model/ folder, id of the Hub, released .pth, BEiT; or --random-init SIZE
+      --dataset DATA              labelled images: an id of the Hub, a folder, a .parquet or .tar file, or demo
+      --val-fraction 0.1          a tenth to evaluate on, where the data have no validation split
+      --image-size PIXELS         side of the square crop
+      --effective-batch-size N    images per step, over all processes; the learning rate follows
+      --epochs N                  passes over the data
+      --run-dir FOLDER            where everything goes; the same command continues what is there
+
+    examples:
+      python finetune.py classify --checkpoint runs/mine --dataset my_images --val-fraction 0.1
+      accelerate launch finetune.py classify --checkpoint runs/cae-v2-base
+    """
 
     model: ModelArgs = field(default_factory=ModelArgs)
     data: TuneData = field(default_factory=TuneData)
@@ -168,8 +183,9 @@ RECIPES = {
 }  # fmt: skip
 
 
-def resolve(args, origin, world=1):
-    """Arguments with every None filled in from the recipe of the checkpoint's method and size. Raises UserError."""
+def resolve(args, origin, world=1, images=None):
+    """Arguments with every None filled in from the recipe of the checkpoint's method and size; `images` is the number
+    of images to learn from, once it is known. Raises UserError."""
     args = copy.deepcopy(args)
     model, data, recipe, run = args.model, args.data, args.recipe, args.run
     method, size, config = origin.method, origin.size, origin.beit.config
@@ -198,7 +214,7 @@ def resolve(args, origin, world=1):
     fill(recipe, "crop_scale", (0.8, 1.0) if nano else (0.08, 1.0))
     fill(recipe, "crop_ratio", 1.0 if model.image_size <= 64 else 0.875)
     effective, old = 32 if nano else 1024 if method == "cae-v2" else 4096, args_of_run(run)
-    resolve_run(data, run, world, old, batch=128, effective=effective, epochs=float(epochs))
+    resolve_run(data, run, world, old, batch=128, effective=effective, epochs=float(epochs), images=images)
     fill(recipe, "warmup_epochs", old.get("warmup_epochs"))  # that of the resumed run, also if it is to be longer now
     if run.epochs is not None:
         fill(recipe, "warmup_epochs", min(float(warmup), run.epochs / 10))
@@ -428,16 +444,18 @@ def learning_rate(step, total, warmup, peak, final):
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup - 1, 1)))
 
 
-def classify(args):
+def classify(asked):
     """Fine-tune or evaluate a classifier. Raises UserError and RunError."""
-    task = "evaluate" if args.recipe.eval_only else "classify"
-    fill(args.run, "run_dir", default_run_dir(task, args.model, args.data))
-    with Run(args, "cae-finetune") as run:
+    task = "evaluate" if asked.recipe.eval_only else "classify"
+    fill(asked.run, "run_dir", default_run_dir(task, asked.model, asked.data))
+    with Run(asked, "cae-finetune") as run:
         with run.main_process_first():
-            origin = load_origin(args.model, args.run.seed)
-            args = resolve(args, origin, run.world)  # the recipe depends on the checkpoint's method and size
-            recipe, data = args.recipe, args.data
+            origin = load_origin(asked.model, asked.run.seed)
+            args = resolve(asked, origin, run.world)  # the recipe depends on the checkpoint's method and size
             train_source, val_source, classes = open_data(args, origin, run.world)
+            asked.labels = args.labels  # now with the split to evaluate on
+            args = resolve(asked, origin, run.world, train_source and train_source.num_images)  # a batch that fits
+            recipe, data = args.recipe, args.data
             torch.manual_seed(args.run.seed)
             model = build_model(args.model, origin, classes)
             length = None if recipe.eval_only else length_of_run(args.run, data, train_source)
@@ -446,6 +464,8 @@ def classify(args):
                     f"--ema {recipe.ema} averages over more steps than a third of the {length and length.steps} of the "
                     "run: lower it")
             run.open_folder(args, task="classify", weights=fingerprint(origin.beit.state_dict()))
+        if run.is_main:
+            warn_if_seen(args.model.checkpoint, data)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         run.header(f"classify: {origin.name}, {millions:.1f} M parameters, {args.model.image_size} pixels, "
                    f"{len(classes)} classes", length)  # fmt: skip
@@ -670,11 +690,9 @@ def finish(args, run, evaluations, about, skipped):
     rows += [(f"{row['model']} ({'' if about['classes'] == 1000 else 'on '}ImageNet-1K)", row["top1"], None)
              for row in result["reference"]]  # fmt: skip
     width = max(34, *(len(name) + 2 for name, _, _ in rows))
-    print(f"\n{'fine-tuned':{width}}{'top-1':>8}{'top-5':>8}")
-    for name, top1, top5 in rows:
-        print(f"{name:{width}}{top1:8.1f}" + (f"{top5:8.1f}" if top5 is not None else ""))
-    print(f"best epoch: {result['best_epoch_top1']:.1f}, chosen on these images\n\n{run.folder / 'result.json'}:")
-    print(json.dumps(result), flush=True)
+    lines = [f"{name:{width}}{top1:8.1f}" + (f"{top5:8.1f}" if top5 is not None else "") for name, top1, top5 in rows]
+    run.print_result(["", f"{'fine-tuned':{width}}{'top-1':>8}{'top-5':>8}", *lines,
+                      f"best epoch: {result['best_epoch_top1']:.1f}, chosen on these images"], result)  # fmt: skip
 
 
 def push(folder, hub_id):

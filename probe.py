@@ -4,7 +4,8 @@
     accelerate launch probe.py linear --checkpoint runs/cae-v2-base
     accelerate launch probe.py attentive --kind ep --checkpoint openai/clip-vit-base-patch16
 
-Each ends with a table, writes result.json into its run folder and prints the same object as its last line.
+Each ends with a table and writes result.json into its run folder; where standard output is no terminal that object is
+the last line, too.
 
 Read in this order: flags, the encoder, features, heads and their optimizer, the loop, results.
 """
@@ -22,6 +23,7 @@ from engine.arguments import (
     RunArgs,
     default_run_dir,
     fill,
+    fitting_batch,
     flat,
     parse,
     require_not_negative,
@@ -32,7 +34,7 @@ from engine.arguments import (
 )
 from engine.checkpoints import args_of_run, fingerprint, make_run_dir, write_config
 from engine.errors import UserError, command_line, first_line, require
-from engine.evaluation import KS, PUBLISHED, accuracy, evaluation_batches, knn
+from engine.evaluation import KS, PUBLISHED, accuracy, evaluation_batches, knn, warn_if_seen
 from engine.frozen import Frozen, Kind, load_frozen
 from engine.images import CenterCrop, crop_and_flip, to_device
 from engine.run import Run, length_of_run
@@ -109,7 +111,8 @@ class HeadArgs:
 
     lr: Floats = ()
     """Base learning rates per 256 images. Each trains a head of its own beside the recipe's: linear and ep 0.1 (demo:
-    10 and 3), attentive 0.0125, which is the paper's 0.4 at 8192."""
+    10 and 3; data too small for the recipe's batch: its peak of 6.4 and 1.6 at any batch), attentive 0.0125, which is
+    the paper's 0.4 at 8192."""
     warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: a ninth of the run, 10 of 90 epochs."""
     momentum: float = 0.9
@@ -126,6 +129,7 @@ class HeadArgs:
     """Extract features once, without augmentation, and train on them: a quick answer, and another recipe."""
     knn: bool = False
     """Also kNN, on features without augmentation. Always with --cache-features and --kind ep."""
+    recipe_lr: float = field(default=0.0, init=False)  # no flag: the base learning rate of the recipe's own head
     eval_every: float = 1.0
     """Epochs between evaluations; there is always one at the end."""
 
@@ -158,7 +162,7 @@ class ProbeData(DataArgs):
     """Images per process and forward pass. Default: 512, or the effective batch size's share if that is less."""
     effective_batch_size: AutoInt = None
     """Images per step over all processes: features of several forward passes are joined. Default: linear 16384,
-    attentive 8192, ep 4096 (demo: 256)."""
+    attentive 8192, ep 4096 (demo: 256); where a pass would be shorter than eight steps half of it, ... down to 32."""
 
 
 @dataclass
@@ -213,8 +217,9 @@ Command = (
 )
 
 
-def resolve(args, encoder, world=1):
-    """The arguments of a sub-command with every None filled in. Raises UserError."""
+def resolve(args, encoder, world=1, images=None):
+    """The arguments of a sub-command with every None filled in; `images` is the number of images to learn from, once it
+    is known. Raises UserError."""
     args = copy.deepcopy(args)
     data, probe, run, choice = args.data, args.probe, args.run, args.encoder
     fill(choice, "image_size", encoder.image_size)
@@ -235,8 +240,13 @@ def resolve(args, encoder, world=1):
         require(all(k > 0 for k in probe.k), f"--k is {probe.k}: they must be positive")
         require(probe.temperature and min(probe.temperature) > 0, "--temperature must be positive")
         return args
-    effective = 256 if data.dataset == "demo" else {"linear": 16384, "attentive": 8192, "ep": 4096}[task_of(args)]
-    resolve_run(data, run, world, args_of_run(run), batch=512, effective=effective, epochs=90.0)
+    task, demo = task_of(args), data.dataset == "demo"
+    effective = 256 if demo else RECIPE_BATCH[task]
+    resolve_run(data, run, world, args_of_run(run), batch=512, effective=effective, epochs=90.0, images=images)
+    probe.recipe_lr = (DEMO_LR if demo else RECIPE_LR)[task]
+    if task != "attentive" and fitting_batch(effective, images) < effective:
+        # A step of LARS is a share of the weights' length, whatever the batch: few small ones would lead nowhere.
+        probe.recipe_lr *= effective / data.effective_batch_size
     require(data.parts == world, f"--parts {data.parts}: BatchNorm sees the batch of a process, so that the number of "
                                  f"processes matters: use {data.parts} processes, or another --run-dir")  # fmt: skip
     require(data.effective_batch_size // world > 1,
@@ -501,6 +511,7 @@ class LARS(torch.optim.Optimizer):
 
 # Base learning rates per 256 images: 6.4 at 16384, 0.4 at 8192, 1.6 at 4096. LARS moves by a share of the weights'
 # length, so the demo's 2,110 small steps need a larger one, chosen on 1,000 images held out of its training split.
+RECIPE_BATCH = {"linear": 16384, "attentive": 8192, "ep": 4096}
 RECIPE_LR = {"linear": 0.1, "attentive": 0.4 / 32, "ep": 0.1}
 DEMO_LR = {"linear": 10.0, "attentive": 0.4 / 32, "ep": 3.0}
 
@@ -509,14 +520,13 @@ def make_heads(args, encoder, num_classes):
     """Heads, their descriptions and their optimizer. The first is the recipe's own setting; the others are every
     combination of --lr (and --pool) beyond it."""
     probe, task = args.probe, task_of(args)
-    base = (DEMO_LR if args.data.dataset == "demo" else RECIPE_LR)[task]
-    rates = sorted(set(probe.lr) | {base})
+    rates = sorted(set(probe.lr) | {probe.recipe_lr})
     settings = [{"lr": lr} for lr in rates]
-    recipe = {"lr": base}
+    recipe = {"lr": probe.recipe_lr}
     if task == "linear":
         pools = [pool for pool in ("class", "mean", "both") if pool in probe.pool]
         settings = [{"pool": pool, "lr": lr} for pool in pools for lr in rates]
-        recipe = {"pool": "class", "lr": base}
+        recipe = {"pool": "class", "lr": probe.recipe_lr}
     settings = [recipe] + [setting for setting in settings if setting != recipe]
     torch.manual_seed(args.run.seed)
     heads = Heads()
@@ -633,9 +643,6 @@ def train_heads(run, extractor, train_source, val_source, length, warmup, descri
     per_image = "features cached" if asked.cache_features else "random crops and flips"
     run.header(f"{task_of(args)}: {len(settings)} head{'s' * (len(settings) > 1)}, {args.encoder.image_size} pixels, "
                f"{num_classes} classes, {per_image}", length)  # fmt: skip
-    if run.is_main and length.steps_per_pass and length.steps_per_pass < 4:
-        print(f"a pass is only {length.steps_per_pass:.1f} steps: a smaller --effective-batch-size learns more from "
-              f"{train_source.num_images} images", file=sys.stderr)  # fmt: skip
     heads, optimizer = run.prepare(heads, optimizer)  # DDP; forward under autocast
     unwrapped = run.accelerator.unwrap_model(heads)
     # Restores what a checkpoint holds, if there is one: the heads, optimizer state, the evaluations so far and kNN, the
@@ -800,16 +807,18 @@ def figures(result):
     return found
 
 
-def evaluate_encoder(args):
+def evaluate_encoder(asked):
     """One sub-command. Raises UserError and RunError."""
-    fill(args.run, "run_dir", default_run_dir(task_of(args), args.encoder, args.data))
-    trains = not isinstance(args, KNN)
-    with Run(args, "cae-probe") as run:
+    fill(asked.run, "run_dir", default_run_dir(task_of(asked), asked.encoder, asked.data))
+    trains = not isinstance(asked, KNN)
+    with Run(asked, "cae-probe") as run:
         with run.main_process_first():
-            encoder = load_encoder(args.encoder, args.run.seed)
-            args = resolve(args, encoder, run.world)
+            encoder = load_encoder(asked.encoder, asked.run.seed)
+            args = resolve(asked, encoder, run.world)
             require_tokens(encoder, args.encoder.image_size)
             train_source, val_source = open_labelled(args.data, args.labels, run.world if trains else 1)
+            asked.labels = args.labels  # now with the split to evaluate on
+            args = resolve(asked, encoder, run.world, train_source.num_images)  # a batch that fits the data
             identity = {"task": task_of(args), "weights": weights_of(encoder)}
             if trains:
                 length = length_of_run(args.run, args.data, train_source)
@@ -820,6 +829,8 @@ def evaluate_encoder(args):
                 require(not any((run.folder / name).exists() for name in names),
                         f"run folder {run.folder} holds a run of another kind: pass another --run-dir")
                 make_run_dir(run.folder)
+        if run.is_main:
+            warn_if_seen(args.encoder.checkpoint, args.data)
         description = {name: getattr(encoder, name) for name in ("kind", "dim", "patch_size")}
         extractor, num_classes, found = Extractor(args, encoder, run), len(train_source.classes), None
         if trains:
@@ -858,8 +869,7 @@ def evaluate_encoder(args):
                 "seed": args.run.seed,
                 "reference": references(task_of(args), encoder),
             })  # fmt: skip
-        print("\n".join(table(result, read_results(args.encoder.beside))) + f"\n\n{run.folder / 'result.json'}:")
-        print(json.dumps(result), flush=True)
+        run.print_result(table(result, read_results(args.encoder.beside)), result)
 
 
 def require_tokens(encoder, size):
@@ -873,15 +883,32 @@ def require_tokens(encoder, size):
                               "token and the patches, is needed")  # fmt: skip
 
 
+ESSENTIALS = """
+essentials:
+  --checkpoint CHECKPOINT     run folder, model/ folder, id of the Hub, released .pth; or --random-init SIZE
+  --dataset DATA              labelled images: an id of the Hub, a folder, a .parquet or .tar file, or demo
+  --val-fraction 0.1          a tenth to evaluate on, where the data have no validation split
+  --image-size PIXELS         side of the square crop
+  --effective-batch-size N    images per step, over all processes (linear, attentive)
+  --epochs N                  passes over the data (linear, attentive)
+  --run-dir FOLDER            where the result goes
+
+examples:
+  python probe.py knn --checkpoint runs/mine --dataset my_images --val-fraction 0.1
+  accelerate launch probe.py linear --checkpoint runs/cae-v2-base --lr 0.05 0.2
+"""
+
+
 def main():
     command, *flags = sys.argv[1:] or [""]
     kinds = {"knn": KNN, "linear": Linear, "attentive": Attentive}
 
     def work():
         if command in kinds:  # the flags of this one are enough
-            args = parse(kinds[command], flags, prog=f"probe.py {command}")
+            kind = kinds[command]
+            args = parse(kind, flags, prog=f"probe.py {command}", description=f"{kind.__doc__}\n{ESSENTIALS}")
         else:
-            args = parse(Command, description=__doc__.partition("\n\n")[0])
+            args = parse(Command, description=__doc__.partition("\n\n")[0] + f"\n{ESSENTIALS}")
         evaluate_encoder(args)
 
     command_line(work)

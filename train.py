@@ -20,6 +20,7 @@ from engine.arguments import (
     Mark,
     RunArgs,
     fill,
+    name_of_data,
     parse,
     require_not_negative,
     require_positive,
@@ -28,7 +29,7 @@ from engine.arguments import (
     world_size,
 )
 from engine.checkpoints import args_of_run
-from engine.errors import UserError, command_line, first_line, require
+from engine.errors import HubAwayError, UserError, command_line, first_line, require
 from engine.frozen import load_frozen, load_pretrained
 from engine.images import ColorJitter, crop_and_flip, normalize, resize
 from engine.run import Run, length_of_run
@@ -65,6 +66,7 @@ from cae import (
 #     hub_id           default of --teacher; "" where nothing is loaded
 #     demo_folder      the same with --dataset demo; None: not with the demo
 #     target_dim       C, or the number of codes
+#     patch_pixels     side of a patch in what the teacher sees
 #     compile_network  for --compile
 
 
@@ -81,11 +83,12 @@ class CLIPTeacher(nn.Module):
     def __init__(self, args, patch_size):
         super().__init__()
         self.clip = load_frozen(args.teacher, "--teacher", ("clip_vision_model", "clip"), projection=True)
-        self.patch_size, self.target_dim = patch_size, self.clip.model.visual_projection.out_features
+        self.patch_size, self.patch_pixels = patch_size, self.clip.patch_size
+        self.target_dim = self.clip.model.visual_projection.out_features
 
     def forward(self, pixels):
         grid = patch_grid(pixels, self.patch_size)
-        pixels = resize(pixels, tuple(self.clip.patch_size * side for side in grid))
+        pixels = resize(pixels, tuple(self.patch_pixels * side for side in grid))
         return self.clip.model.visual_projection(self.clip(pixels))                      # (B, 1 + N, C)
 
     def compile_network(self):
@@ -108,7 +111,7 @@ class DALLETeacher(nn.Module):
 
         kinds = ("flava_image_codebook",)
         self.codebook = load_pretrained(args.teacher, FlavaImageCodebook, kinds, "a FLAVA image codebook", "--teacher")
-        self.patch_size, self.target_dim = patch_size, self.codebook.config.vocab_size
+        self.patch_size, self.patch_pixels, self.target_dim = patch_size, 8, self.codebook.config.vocab_size
 
     def forward(self, pixels):
         rows, columns = patch_grid(pixels, self.patch_size)
@@ -127,7 +130,8 @@ class PixelTeacher(nn.Module):
 
     def __init__(self, args, patch_size):
         super().__init__()
-        self.patch_size, self.normalize_patches = patch_size, args.normalize_pixels
+        self.patch_size = self.patch_pixels = patch_size
+        self.normalize_patches = args.normalize_pixels
         self.target_dim = 3 * patch_size**2
 
     def forward(self, pixels):
@@ -150,7 +154,10 @@ TARGETS = {  # by --target; the first of a method is its default
 
 def build_teacher(args, config):
     """The teacher of these arguments, shown to give one target for every token of the student. Raises UserError."""
-    teacher = TARGETS[args.target.target](args.target, config.patch_size).eval().requires_grad_(False)
+    try:
+        teacher = TARGETS[args.target.target](args.target, config.patch_size).eval().requires_grad_(False)
+    except HubAwayError as error:
+        raise UserError(f"{error}, or --method cae --target pixels, which needs none, or --dataset demo") from error
     tokens = config.num_patches + (teacher.method == "cae-v2")  # with the class token
     try:
         found = teacher(torch.rand(1, 3, config.image_size, config.image_size)).shape[1]
@@ -290,7 +297,21 @@ class RecipeArgs:
 
 @dataclass
 class Args:
-    """Pretrain CAE v2 or CAE. Run with `accelerate launch train.py`, on one device or many."""
+    """Pretrain CAE v2 or CAE, on one device or many.
+
+    essentials:
+      --dataset DATA              images: an id of the Hub, a folder, a .parquet or .tar file, or demo
+      --size SIZE                 nano, tiny, small, base, large or huge
+      --image-size PIXELS         side of the square crop
+      --teacher CLIP              the model whose latents are predicted: an id of the Hub, or a folder
+      --effective-batch-size N    images per step, over all processes; the learning rate follows
+      --epochs N                  passes over the data; more than before: the run goes on
+      --run-dir FOLDER            where everything goes; the same command continues what is there
+
+    examples:
+      accelerate launch train.py --dataset my_images --size small --run-dir runs/mine
+      accelerate launch train.py --size base --mask-ratio 0.5
+    """
 
     model: ModelArgs = field(default_factory=ModelArgs)
     data: DataArgs = field(default_factory=DataArgs)
@@ -302,8 +323,9 @@ class Args:
 MASK_RATIO = {"nano": 0.25, "tiny": 0.15, "small": 0.25, "base": 0.5, "large": 0.5, "huge": 0.5}  # of CAE v2
 
 
-def resolve(args, world=1):
-    """Args with every None filled in from the recipe of its size, method and data set. Raises UserError.
+def resolve(args, world=1, images=None):
+    """Args with every None filled in from the recipe of its size, method and data set, whose batch is made smaller for
+    a small number of `images`. Raises UserError.
 
     The result is what config.json holds. It has numbers throughout, but for what only model or data know.
     """
@@ -329,9 +351,11 @@ def resolve(args, world=1):
     fill(recipe, "crop_scale", (0.6, 1.0) if short else (0.4, 1.0) if is_v2 else (0.08, 1.0))
     fill(recipe, "color_jitter", 0.4 if is_v2 and not short else 0.0)
     fill(recipe, "weight_decay_end", recipe.weight_decay)
-    fill(run, "run_dir", f"runs/{model.method}-{model.size}{'-demo' if demo else ''}")
-    old_args = args_of_run(run)  # a resumed run keeps its --parts and --batch-size
-    resolve_run(data, run, world, old_args, batch=256, effective=64 if short else 2048, epochs=10.0 if short else 300.0)
+    of_data = "" if data.dataset == DataArgs.dataset else f"-{name_of_data(data.dataset)}"
+    fill(run, "run_dir", f"runs/{model.method}-{model.size}{of_data}")
+    old_args = args_of_run(run)  # a resumed run keeps its --parts and batch sizes
+    resolve_run(data, run, world, old_args, batch=256, effective=64 if short else 2048, epochs=10.0 if short else 300.0,
+                images=images)  # fmt: skip
     require(0 < target.mask_ratio < 1, f"--mask-ratio is {target.mask_ratio}: it must lie between 0 and 1")
     require_positive(target, "min_block")
     require_positive(recipe, "lr", "adam_eps")
@@ -397,16 +421,16 @@ def cosine(step, total, start, end):
 # The loop.
 
 
-def train(args):
-    """Pretrain as `args` say. Raises UserError and RunError."""
-    args = resolve(args, world_size())
-    recipe = args.recipe
+def train(asked):
+    """Pretrain as `asked`. Raises UserError and RunError."""
+    args = resolve(asked, world_size())  # mistakes are told before anything is loaded
     with Run(args) as run:
         with run.main_process_first():
-            run.open_folder(args)  # is it the same run as the one there? run.resume below continues it
             source = open_source(args.data, args.data.parts)
+            args = resolve(asked, run.world, source.num_images)  # now with a batch that fits the data
+            run.open_folder(args)  # is it the same run as the one there? run.resume below continues it
             teacher = build_teacher(args, model_config(args)).to(run.device, run.frozen_dtype)
-        config = model_config(args, target_dim=teacher.target_dim)
+        recipe, config = args.recipe, model_config(args, target_dim=teacher.target_dim)
         length = length_of_run(args.run, args.data, source)
         warmup = warmup_steps(length, recipe.warmup_epochs)
 
@@ -419,8 +443,10 @@ def train(args):
             model.compile(fullgraph=True)
             teacher.compile_network()
         millions = sum(p.numel() for p in model.parameters()) / 1e6
+        seen = teacher.patch_pixels * config.grid[0]
+        seen = f" ({seen} for the teacher)" if args.target.teacher else ""
         run.header(f"{config.method} {args.model.size}, {millions:.1f} M parameters, {num_masked(args, config)} of "
-                   f"{config.num_patches} patches masked", length)  # fmt: skip
+                   f"{config.num_patches} patches masked, {config.image_size} pixels{seen}", length)  # fmt: skip
 
         model, optimizer = run.prepare(model, optimizer)  # DDP; forward under autocast
         # Restores what a checkpoint holds, if there is one: weights, optimizer state (with fp16 the scaler's, too), the

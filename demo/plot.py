@@ -1,7 +1,10 @@
-"""Pictures of a run.
+"""Pictures of the demo.
 
+    python demo/plot.py demo docs/demo.png                                 images and masks, loss, accuracies
     python demo/plot.py loss runs/cae-v2-nano-demo docs/demo_loss.png      the loss and its parts, from log.jsonl
     python demo/plot.py masks docs/masks.png                               block-wise and random masks of the demo
+
+The first one wants what demo/run.sh leaves in runs/.
 """
 
 import json
@@ -25,12 +28,42 @@ NAMES = {
     "loss_reconstruct": "reconstruction",
     "loss_align": "latent alignment",
 }
+RESULTS = {  # of demo/run.sh; colours that also colour-blind people tell apart
+    "random weights": ("runs/linear-random-nano-demo", "#bbbbbb"),
+    "pretrained here": ("runs/linear-cae-v2-nano-demo", "#0072b2"),
+    "its teacher": ("runs/linear-demo-clip_teacher", "#e69f00"),
+}
 
 
-def loss(run_dir, output):
+def pictures(count):
+    """The first images of the demo, float (28, 28, 3) in [0, 1]."""
+    file = str(ROOT / "demo" / "fashion_mnist" / "train.parquet")
+    rows = load_dataset("parquet", data_files=file, split="train").select(range(count))["image"]
+    images = [torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(28, 28) / 255 for picture in rows]
+    return [image[..., None].repeat(1, 1, 3) for image in images]
+
+
+def masked_picture(image, draw, seed):
+    """The image under a mask of 13 of its 7 x 7 patches."""
+    options = {"min_block": 4} if draw is block_mask else {}
+    _, masked = draw(1, (7, 7), 13, generator=torch.Generator().manual_seed(seed), **options)
+    image = image.clone()
+    for index in masked[0].tolist():
+        r, c = divmod(index, 7)
+        image[4 * r : 4 * r + 4, 4 * c : 4 * c + 4] = torch.tensor([0.35, 0.45, 0.75])
+    return image
+
+
+def show(axis, image, label=""):
+    axis.imshow(image)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_ylabel(label)
+
+
+def draw_loss(axis, run_dir):
     lines = [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
     args = json.loads((Path(run_dir) / "config.json").read_text())["args"]
-    figure, axis = plt.subplots(figsize=(7, 3.2))
     for name, label in NAMES.items():
         if name in lines[0]:
             width = 2.5 if name == "loss" else 1.2
@@ -38,31 +71,48 @@ def loss(run_dir, output):
     axis.set_xlabel("images seen, in thousands")
     axis.set_ylabel("1 - cosine" if args["method"] == "cae-v2" else "loss")
     axis.set_ylim(bottom=0)
-    axis.set_title(f"{args['method']} {args['size']} on {args['dataset']}: {lines[-1]['step']} steps of "
-                   f"{args['effective_batch_size']} images", fontsize=10)  # fmt: skip
     axis.legend(frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
+    steps, batch = lines[-1]["step"], args["effective_batch_size"]
+    return f"{args['method']} {args['size']} on {args['dataset']}: {steps} steps of {batch} images"
+
+
+def demo(output):
+    figure = plt.figure(figsize=(10, 3.4))
+    grid = figure.add_gridspec(2, 9, wspace=0.25, hspace=0.05, width_ratios=[1] * 4 + [0.35, 3.6, 0.35, 2.3, 0.01])
+    for i, image in enumerate(pictures(4)):
+        for row, picture in enumerate((image, masked_picture(image, block_mask, i))):
+            show(figure.add_subplot(grid[row, i]), picture, ("image", "masked")[row] if i == 0 else "")
+    axis = figure.add_subplot(grid[:, 5])
+    draw_loss(axis, "runs/cae-v2-nano-demo")
+    axis.set_title("loss: distance to CLIP's latents", fontsize=10)
+    axis = figure.add_subplot(grid[:, 7])
+    for i, (label, (folder, colour)) in enumerate(RESULTS.items()):
+        result = json.loads(Path(folder, "result.json").read_text())
+        for k, top1 in enumerate((result["knn"][0]["top1"], result["top1"])):
+            axis.bar(k + 0.28 * (i - 1), top1, 0.26, color=colour, label=label if k == 0 else None)
+            axis.text(k + 0.28 * (i - 1), top1 + 0.5, f"{top1:.0f}", ha="center", fontsize=8)
+    axis.set_xticks([0, 1], ["kNN", "linear probe"])
+    axis.set_ylim(50, 100)
+    axis.set_title("frozen encoder, top-1 in %", fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=1)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(output, dpi=110, bbox_inches="tight")
+
+
+def loss(run_dir, output):
+    figure, axis = plt.subplots(figsize=(7, 3.2))
+    axis.set_title(draw_loss(axis, run_dir), fontsize=10)
     figure.tight_layout()
     figure.savefig(output, dpi=110)
 
 
 def masks(output, columns=8):
-    file = str(ROOT / "demo" / "fashion_mnist" / "train.parquet")
-    rows = load_dataset("parquet", data_files=file, split="train").select(range(columns))["image"]
     figure, axes = plt.subplots(3, columns, figsize=(columns, 3.2))
-    for i, picture in enumerate(rows):
-        for axis, draw in zip(axes[:, i], (None, block_mask, random_mask), strict=True):
-            image = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).view(28, 28) / 255
-            image = image[..., None].expand(-1, -1, 3).clone()
-            if draw is not None:
-                options = {"min_block": 4} if draw is block_mask else {}
-                _, masked = draw(1, (7, 7), 13, generator=torch.Generator().manual_seed(i), **options)
-                for index in masked[0].tolist():
-                    r, c = divmod(index, 7)
-                    image[4 * r : 4 * r + 4, 4 * c : 4 * c + 4] = torch.tensor([0.35, 0.45, 0.75])
-            axis.imshow(image)
-            axis.set_xticks([])
-            axis.set_yticks([])
+    for i, image in enumerate(pictures(columns)):
+        show(axes[0, i], image)
+        for axis, draw in zip(axes[1:, i], (block_mask, random_mask), strict=True):
+            show(axis, masked_picture(image, draw, i))
     for axis, label in zip(axes[:, 0], ("image", "block-wise", "random"), strict=True):
         axis.set_ylabel(label)
     figure.tight_layout(pad=0.3)
@@ -70,4 +120,4 @@ def masks(output, columns=8):
 
 
 if __name__ == "__main__":
-    {"loss": loss, "masks": masks}[sys.argv[1]](*sys.argv[2:])
+    {"demo": demo, "loss": loss, "masks": masks}[sys.argv[1]](*sys.argv[2:])

@@ -11,7 +11,7 @@ import gc
 import inspect
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
@@ -62,6 +62,9 @@ class ImagesArgs:
     """Column with the labels; pretraining only checks that it exists. Default: `label` or `cls`, where there is one."""
     streaming: Annotated[bool, tyro.conf.arg(help_behavior_hint=""), Mark.DATA] = False
     """Read shards as a stream instead of downloading them first (Parquet, tar). Default: on for Hub ids and `demo`."""
+    val_fraction: Annotated[AutoFloat, Mark.DATA] = None
+    """Share of the split that is held out to evaluate on, by a hash of each image's bytes: the same images in train.py,
+    probe.py and finetune.py, never trained on. Default: none. For data without a validation split."""
     num_images: Annotated[AutoInt, Mark.DATA] = None
     """Images in the split. Default: read from the data; needed for remote tar shards only."""
     batch_size: Annotated[AutoInt, Mark.DATA] = None
@@ -77,7 +80,8 @@ class DataArgs(ImagesArgs):
     """Which images, and how they reach the model."""
 
     effective_batch_size: AutoInt = None
-    """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 64)."""
+    """Images per optimizer step over all processes, reached by accumulation. Default: 2048 (nano and demo: 64); where a
+    pass would be shorter than eight steps half of it, a quarter, ... down to 32."""
     parts: Annotated[AutoInt, Mark.DATA] = None
     """Parts that every pass is divided into, each with an order of its own; a multiple of the number of processes. A
     resumed run keeps them, on fewer processes too. Default: the number of processes."""
@@ -85,6 +89,7 @@ class DataArgs(ImagesArgs):
     """Streams: images of a worker that are shuffled among each other."""
     interleave: Annotated[int, Mark.DATA] = 4
     """Streams: shards that a worker reads in turn, one image each."""
+    batch_note: str = field(default="", init=False)  # no flag: why it is neither the recipe's batch nor a given one
 
 
 @dataclass
@@ -178,14 +183,26 @@ def require_views(group):
     require(0 <= group.flip <= 1, f"--flip is {group.flip}: it must lie between 0 and 1")
 
 
-def resolve_run(data, run, world, old, *, batch, effective, epochs):
-    """Batch sizes and length of a training run, in place, from the recipe's where None; `old` are the arguments of the
-    run that is resumed, or {}. Raises UserError."""
+PASS_STEPS, SMALLEST_BATCH = 8, 32  # a recipe's batch is halved until a pass has so many steps, but not below
+
+
+def fitting_batch(effective, images):
+    """A recipe's effective batch, or what of it fits a data set of so many images (None: unknown)."""
+    while images and effective > SMALLEST_BATCH and images < PASS_STEPS * effective:
+        effective //= 2
+    return effective
+
+
+def resolve_run(data, run, world, old, *, batch, effective, epochs, images=None):
+    """Batch sizes and length of a training run, in place, from the recipe's where None. `old` are the arguments of the
+    run that is resumed, or {}; `images` the number of images, once it is known. Raises UserError."""
     require(run.epochs is None or run.steps is None, "--epochs and --steps are both given: give one")
     if run.steps is None:
         fill(run, "epochs", epochs)
     resolve_images(data)
-    given = data.effective_batch_size is not None
+    require_positive(data, "effective_batch_size", "shuffle_window", "interleave")
+    require_positive(run, "log_every", "checkpoint_every", "keep", "max_bad_steps", "timeout", "steps", "epochs")
+    require_not_negative(run, "milestone_every")
     fill(data, "parts", old.get("parts", world))
     fits = [str(n) for n in range(1, data.parts + 1) if data.parts % n == 0]
     require(
@@ -193,20 +210,27 @@ def resolve_run(data, run, world, old, *, batch, effective, epochs):
         f"--parts {data.parts}{' of the run that is resumed' if old.get('parts') == data.parts else ''} cannot be "
         f"shared by {world} processes: use {' or '.join(fits) or 'a positive number'}",
     )
-    fill(data, "batch_size", old.get("batch_size"))
-    fill(data, "effective_batch_size", effective)
-    fill(data, "batch_size", max(1, min(batch, data.effective_batch_size // data.parts)))
+    asked, fitting = data.effective_batch_size, fitting_batch(effective, images)
+    wanted = asked or old.get("effective_batch_size") or fitting
+    kept = old.get("batch_size") or 0  # as long as it can be kept
+    if kept and wanted % (kept * data.parts) == 0:
+        fill(data, "batch_size", kept)
+    fill(data, "batch_size", max(1, min(batch, wanted // data.parts)))
     together = data.batch_size * data.parts
-    nearest = together * max(1, round(data.effective_batch_size / together))
-    if not given:  # the recipe's, as near as this number of processes comes to it
-        data.effective_batch_size = nearest
-    require_positive(data, "effective_batch_size", "shuffle_window", "interleave")
-    require_positive(run, "log_every", "checkpoint_every", "keep", "max_bad_steps", "timeout", "steps", "epochs")
-    require_not_negative(run, "milestone_every")
+
+    def nearest(size):
+        """What this number of processes can do. (A size that was given must be met.)"""
+        return together * max(1, round(size / together))
+
+    data.effective_batch_size = asked or nearest(wanted)
+    if asked is None and data.effective_batch_size != nearest(fitting):
+        data.batch_note = f"as the run in {run.run_dir} began"
+    elif asked is None and fitting != effective:
+        data.batch_note = f"the recipe's {effective} would be too many for {images} images"
     require(
         data.effective_batch_size % together == 0,
         f"--effective-batch-size {data.effective_batch_size} is not a multiple of --batch-size {data.batch_size} times "
-        f"{data.parts} {'processes' if data.parts == world else 'parts'}: try {nearest}",
+        f"{data.parts} {'processes' if data.parts == world else 'parts'}: try {nearest(wanted)}",
     )
     require(
         run.tracker == "none" or find_spec(run.tracker) is not None,
@@ -219,6 +243,8 @@ def resolve_images(data):
     fill(data, "workers", min(8, cores_per_process()))
     require_not_negative(data, "workers")
     require_positive(data, "patience", "batch_size")
+    require(data.val_fraction is None or 0 < data.val_fraction < 1,
+            f"--val-fraction is {data.val_fraction}: it must lie between 0 and 1, such as 0.1")  # fmt: skip
 
 
 def world_size():
@@ -234,15 +260,26 @@ def cores_per_process():
 
 def flat(args):
     """{flag name: value} of all groups."""
-    return {k: v for group in dataclasses.asdict(args).values() for k, v in group.items()}
+    groups = [getattr(args, group.name) for group in dataclasses.fields(args)]
+    return {f.name: getattr(group, f.name) for group in groups for f in dataclasses.fields(group) if f.init}
+
+
+def as_name(text):
+    """Fit for the name of a folder."""
+    return re.sub(r"[^\w.-]+", "-", text).strip("-.")
+
+
+def name_of_data(dataset):
+    """A short name of a data set: imagenet-1k for ILSVRC/imagenet-1k, photos for /data/photos."""
+    return as_name(Path(dataset).expanduser().absolute().stem) or "data"
 
 
 def default_run_dir(task, origin, data):
     """Run folder of probe.py and finetune.py where none is given, runs/TASK-ORIGIN-DATA; `origin` is the group of
     --checkpoint and --random-init. Raises UserError."""
     require((origin.checkpoint is None) != (origin.random_init is None), "give either --checkpoint or --random-init")
-    name, data = origin.checkpoint or f"random-{origin.random_init}", Path(data.dataset).stem
-    name = re.sub(r"[^\w.-]+", "-", name.removeprefix("runs/")).strip("-.")
+    name = as_name((origin.checkpoint or f"random-{origin.random_init}").removeprefix("runs/"))
+    data = name_of_data(data.dataset)
     return f"runs/{task}-{name}" + f"-{data}" * (data not in name)
 
 

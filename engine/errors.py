@@ -17,6 +17,10 @@ class BadFilesError(UserError):
     """Too many undecodable files: one rank may see it alone, and says so itself."""
 
 
+class HubAwayError(UserError):
+    """The Hub cannot be reached, and what was asked for is not in its cache."""
+
+
 class RunError(Exception):
     """The run itself went wrong: one line; exit code 1."""
 
@@ -51,7 +55,8 @@ def first_line(error):
 
 
 def command_line(work):
-    """Call work(): exit code 2 for what the user gave, 1 for a run that failed."""
+    """Call work(): exit code 2 for what the user gave, 1 for a run that failed, 130 for Ctrl-C before the steps of a
+    run, which answer it by themselves."""
     try:
         with dead_peers():
             work()
@@ -63,6 +68,10 @@ def command_line(work):
             stop_workers()
             os._exit(1)  # a proper end would wait for the dead
         sys.exit(1 if isinstance(error, RunError) else 2)
+    except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr, flush=True)
+        sys.exit(130)
     finally:
         stop_workers()
 

@@ -1,5 +1,6 @@
 """How good is it? Accuracy over all ranks, weighted kNN, and published figures to print beside ours."""
 
+from engine.checkpoints import config_of_run
 from engine.errors import BadFilesError, RunError
 from engine.images import to_device
 from engine.log import watch
@@ -8,6 +9,7 @@ from engine.stream import one_pass
 
 import math
 import sys
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +78,16 @@ def evaluation_batches(accelerator, source, view, data, what, skipped):
             tqdm.write(f"skipped {name}", file=sys.stderr)
         if len(chunk["ids"]):
             yield to_device(chunk["images"], accelerator.device), to_device(chunk["labels"], accelerator.device)
+
+
+def warn_if_seen(checkpoint, data):
+    """Say if the run that a checkpoint came from has learned from images that --val-fraction holds out now."""
+    folder = Path(checkpoint or "")
+    args = config_of_run(folder.parent if folder.name == "model" else folder).get("args", {})
+    is_same = Path(args.get("dataset", "")).absolute() == Path(data.dataset).absolute()
+    if data.val_fraction is not None and is_same and (args.get("val_fraction") or 0) < data.val_fraction:
+        print(f"note: {checkpoint} has learned from the images that are held out here; train.py --val-fraction "
+              f"{data.val_fraction:g} leaves them out", file=sys.stderr)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------

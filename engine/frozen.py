@@ -1,7 +1,8 @@
 """Other people's vision models: loaded, checked, and seen as (class token, patch tokens). Nothing in them changes."""
 
-from engine.errors import UserError, first_line, require
+from engine.errors import HubAwayError, UserError, first_line, require
 from engine.images import normalize
+from engine.network import hub_problem
 
 import json
 import pickle
@@ -152,11 +153,16 @@ def config_of(name, flag):
     """The config.json of a transformers folder or Hub id. Raises UserError, naming the flag."""
     from transformers import PretrainedConfig
 
-    if not Path(name).exists() and not re.fullmatch(HUB_ID, name):
+    local = Path(name).exists()
+    if not local and not re.fullmatch(HUB_ID, name):
         raise UserError(f"{flag} {name} does not exist: no such folder, and not an id of the Hub")
+    problem = None if local else hub_problem()  # its cache may do
     try:
         return PretrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError, RuntimeError) as error:
+        if problem:
+            raise HubAwayError(f"{flag} {name} is no local folder and not in the Hub's cache, and the Hub cannot be "
+                               f"reached ({problem}): pass a folder") from error  # fmt: skip
         raise UserError(f"{flag} {name} cannot be loaded: {first_line(error)}") from error
 
 
@@ -189,6 +195,7 @@ def transformers_config(checkpoint):
     elif path.exists() or not re.fullmatch(HUB_ID, checkpoint):
         return checkpoint, None
     else:
+        hub_problem()  # without it the cache is looked into, at once
         try:
             file, name = hf_hub_download(checkpoint, "config.json"), checkpoint
         except (HfHubHTTPError, OSError, ValueError):

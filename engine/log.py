@@ -6,9 +6,15 @@ from engine.files import fsync, write_text
 import json
 import math
 import sys
+import threading
 import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 from tqdm.auto import tqdm
+
+QUIET = 30.0  # seconds without a line, after which the terminal is told where the run is
+BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # tqdm's own without its rate
 
 
 def step_of_line(line):
@@ -19,10 +25,27 @@ def step_of_line(line):
         return math.inf
 
 
-class Log:
-    """log.jsonl, the terminal and the tracker. Main process only; the others call it in vain."""
+@dataclass
+class Status:
+    """Where a run is since its last line of the log, in plain numbers."""
 
-    def __init__(self, accelerator, run_dir, start, total):
+    images_per_second: float
+    data_wait: float
+    """Share of the time in which there were no data."""
+    done: int
+    """Images of the step in progress that are done."""
+    of: int
+    """Images of a step."""
+
+
+class Log:
+    """log.jsonl, the terminal and the tracker. Main process only; the others call it in vain.
+
+    The terminal also gets what the log does not have: the first step of this start and, after QUIET seconds without a
+    line, where the run is. A thread tells it, since one step may take minutes; it asks status() -> Status.
+    """
+
+    def __init__(self, accelerator, run_dir, start, total, status=None):
         self.accelerator, self.path, self.total, self.start = accelerator, run_dir / "log.jsonl", total, start
         self.main = accelerator.is_main_process
         if self.main and self.path.exists():  # lines beyond the checkpoint are written again
@@ -32,8 +55,27 @@ class Log:
         # a full disk may cut a line off: it is written again, after the last whole one
         self.size, self.pending = self.path.stat().st_size if self.main and self.path.exists() else 0, ""
         bar = self.main and sys.stderr.isatty()
-        self.bar = tqdm(total=total, initial=start, unit="step", disable=not bar, dynamic_ncols=True, smoothing=0.05)
-        self.began, self.top1 = time.perf_counter(), ""
+        self.bar = tqdm(total=total, initial=start, bar_format=BAR, disable=not bar, dynamic_ncols=True, smoothing=0.05)
+        self.began, self.step = time.perf_counter(), start
+        self.loss, self.top1 = "", ""  # the last ones, as words
+        self.told = self.stepped = self.began  # when something was shown last, and when a step was done
+        self.is_first = True  # no step of this start has been shown yet
+        self.status, self.silent = status, False
+        self.lock, self.closed = threading.Lock(), threading.Event()
+        if self.main and status:
+            threading.Thread(target=self._tell_where, daemon=True).start()
+
+    def begin(self, step):
+        """The first batch of this start has come: the time left is reckoned from here."""
+        self.began, self.start, self.step = time.perf_counter(), step, step
+        self.stepped, self.is_first = self.began, True
+        if not self.bar.disable:
+            self.bar.n = step
+            self.bar.unpause()
+
+    def step_done(self):
+        self.step, self.stepped = self.step + 1, time.perf_counter()
+        self.bar.update()
 
     def write(self, values, shown=True):
         """One line of the log; in the terminal too, if shown."""
@@ -49,25 +91,75 @@ class Log:
         except OSError as error:
             tqdm.write(f"warning: {self.path} cannot be written: {first_line(error)}", file=sys.stderr)
         try:
-            tracked = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+            tracked = {name: value for name, value in values.items()
+                       if isinstance(value, (int, float)) and name not in ("step", "epoch")}  # fmt: skip
             self.accelerator.log(tracked, step=values["step"])
         except (OSError, RuntimeError) as error:  # the run is worth more than its curves
             tqdm.write(f"warning: the tracker failed: {first_line(error)}", file=sys.stderr)
-        loss = "not finite" if values["loss"] is None else f"{values['loss']:.4f}"
-        line = (f"loss {loss}  {values['images_per_second']:.0f} images/s  "
-                f"waiting for data {values['data_wait']:.0%}")  # fmt: skip
-        if "top1" in values:
-            self.top1 = f"  top-1 {values['top1']:.1f}"
-        line += self.top1
-        if self.bar.disable and shown:
-            step = values["step"]
-            eta = (time.perf_counter() - self.began) / max(step - self.start, 1) * (self.total - step)
-            left = tqdm.format_interval(eta)
-            print(f"step {step}/{self.total}  {line}  {left} left", flush=True)
-        elif not self.bar.disable:
-            self.bar.set_postfix_str(line)
+        with self.lock:
+            if "top1" in values:
+                self.top1 = f"  top-1 {values['top1']:.1f}"
+            self._know(values["loss"])
+            if shown or not self.bar.disable:
+                self.is_first = False
+                self._show(values["step"], values["images_per_second"], values["data_wait"])
         for name in values.get("skipped_files", []):
             tqdm.write(f"skipped {name}", file=sys.stderr)
+
+    @property
+    def is_due(self):
+        """Whether to tell() of the step just taken, for which the log has no line. (It knows its loss, the thread does
+        not: in the last tenth of QUIET it goes first.)"""
+        return self.main and (self.is_first or time.perf_counter() - self.told > 0.9 * QUIET)
+
+    def tell(self, loss):
+        """Show the step just taken, in the terminal alone. loss: a number, or None if there is none."""
+        with self.lock:
+            if loss is not None:
+                self._know(loss)
+            self.is_first, status = False, self.status()
+            self._show(self.step, status.images_per_second, status.data_wait)
+
+    @contextmanager
+    def silence(self):
+        """While an evaluation speaks for itself."""
+        with self.lock:
+            self.silent = True
+        try:
+            yield
+        finally:
+            self.silent, self.told = False, time.perf_counter()
+
+    def _tell_where(self):
+        """The thread: where the run is, and that the bar's clock goes on. It asks no device for anything."""
+        while not self.closed.wait(min(1.0, QUIET / 10)):
+            with self.lock, suppress(OSError):  # nobody reads any more: the run itself will notice
+                if self.silent or self.closed.is_set():
+                    continue
+                now = time.perf_counter()
+                if now - self.told > QUIET:
+                    status, is_long = self.status(), now - self.stepped > QUIET and self.step < self.total
+                    self._show(self.step, status.images_per_second, status.data_wait, status if is_long else None)
+                elif not self.bar.disable:
+                    self.bar.refresh()
+
+    def _know(self, loss):
+        self.loss = "loss not finite  " if loss is None or not math.isfinite(loss) else f"loss {loss:.4f}  "
+
+    def _show(self, step, images_per_second, data_wait, in_step=None):
+        """A line, or the bar's text. in_step: the Status of a step that takes long."""
+        part = in_step.done / in_step.of if in_step else 0.0
+        text = f"{in_step.done} of {in_step.of} images of the next step  " if in_step else ""
+        rate = f"{images_per_second:.{int(images_per_second < 10)}f} images/s  " if images_per_second else ""
+        text += f"{self.loss}{rate}waiting for data {data_wait:.0%}{self.top1}"
+        self.told = time.perf_counter()
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text)
+            return
+        if done := step + part - self.start:
+            left = (self.told - self.began) / done * (self.total - step - part)
+            text += f"  {tqdm.format_interval(left)} left"
+        print(f"step {step}/{self.total}  {text}", flush=True)
 
     def sync(self):
         """See that a line is there whenever the checkpoint of its step is."""
@@ -78,6 +170,8 @@ class Log:
                 tqdm.write(f"warning: {self.path} cannot be written: {first_line(error)}", file=sys.stderr)
 
     def close(self):
+        with self.lock:  # not in the middle of a line
+            self.closed.set()
         self.bar.close()
 
 

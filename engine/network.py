@@ -1,6 +1,6 @@
 """Patience with data servers: what may pass is tried again, by those who know where to go on."""
 
-from engine.errors import ServerGoneError
+from engine.errors import ServerGoneError, first_line
 
 import math
 import multiprocessing
@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from functools import cache
 
 import fsspec
 from fsspec.spec import AbstractBufferedFile
@@ -18,6 +19,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts
 TAR_BLOCK = 16 << 20
+HUB_SILENCE = 5.0  # seconds in which the Hub is to answer, when a run asks for it first
 
 
 def growing_pauses(minutes=math.inf):
@@ -34,6 +36,23 @@ class NetworkError(ConnectionError):
     def __init__(self, message, after=0):
         super().__init__(message)
         self.after = after  # seconds that the server asked to be left alone
+
+
+@cache
+def hub_problem():
+    """Why the Hub cannot be reached, None if it answers in any way. Asked once, shortly. Without it all libraries are
+    told so: they look into the cache, where they would ask for most of a minute."""
+    if hub_constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(hub_constants.ENDPOINT, timeout=HUB_SILENCE)
+    except (HTTPError, OSError) as error:
+        hub_constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported from now on
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+        return f"{hub_constants.ENDPOINT} does not answer: {first_line(error)}"
+    return None
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Run: device, processes, signals, skipped steps, log and checkpoints. It hands out steps; the script takes them."""
 
-from engine.arguments import cores_per_process, flat, marks_of
+from engine.arguments import cores_per_process, flat, marks_of, world_size
 from engine.checkpoints import (
     Progress,
     checkpoints,
@@ -16,19 +16,20 @@ from engine.checkpoints import (
 from engine.errors import STOP_SIGNALS, RunError, UserError, first_line, require
 from engine.files import write_text
 from engine.images import to_device
-from engine.log import Log
+from engine.log import Log, Status
 from engine.network import growing_pauses
 from engine.seeds import seed_of
 from engine.stream import Stream
 
 import json
 import math
+import os
 import shlex
 import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -216,8 +217,9 @@ class Run:
             data, epochs = self.args.data, "evaluation only"
             if length:
                 epochs = f"{length.steps} steps, {round(length.epochs, 1) if length.epochs else '?'} epochs"
+            note = f" ({data.batch_note})" if getattr(data, "batch_note", "") else ""
             print(f"{what}; {self.world} process{'es' * (self.world > 1)} x {data.batch_size} images x "
-                  f"{self.accumulation} = {data.effective_batch_size} images a step; {epochs}; "
+                  f"{self.accumulation} = {data.effective_batch_size} images a step{note}; {epochs}; "
                   f"{'fp32' if self.precision == 'no' else self.precision} on {self.device}; {self.folder}",
                   flush=True)  # fmt: skip
 
@@ -272,14 +274,17 @@ class Run:
         self.write_model = write_model
         start_tracker(self.accelerator, self.project, self.args)
         unevaluated = self.progress.unevaluated
-        self.log_file = Log(self.accelerator, self.folder, start - bool(unevaluated), total)
         self.peers = Peers(self.world, run.timeout + self.args.data.patience)
         zero = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped_steps = SkippedSteps(zero, zero, zero + self.progress.skipped_steps)
         self.interval, self.reported_streak = Interval(), 0
         self.checkpoint_step, self.save_pending = start, False
+        self.micro_batches_done, self.waiting_since = 0, None  # of the step in progress; seconds, while there are none
+        self.log_file = Log(self.accelerator, self.folder, start - bool(unevaluated), total, self._status)
         if unevaluated:
-            self.log_file.write({**unevaluated, **evaluate(unevaluated)})
+            with self.log_file.silence():
+                line = {**unevaluated, **evaluate(unevaluated)}
+            self.log_file.write(line)
         for self.step in range(start, total):
             self.states_before = stream.state_dict()  # to go back to, should this step not be taken
             yield self.step
@@ -296,6 +301,7 @@ class Run:
         stream, parts = self.batch_stream, self.args.data.parts // self.world  # parts that this process carries
         for micro in range(self.accumulation):
             asked, batch, trouble = time.perf_counter(), None, None
+            self.micro_batches_done, self.waiting_since = micro, asked
             try:
                 self.peers.interruptible = True
                 batch = next(stream)
@@ -307,7 +313,9 @@ class Run:
                 self.peers.interruptible = False
             if self.peers.any(batch is None or (self.peers.signal and micro == 0)):
                 raise Interruption from trouble
-            self.interval.waited += time.perf_counter() - asked
+            self.interval.waited, self.waiting_since = self.interval.waited + time.perf_counter() - asked, None
+            if micro == 0 and self.step == self.progress.step:
+                self.log_file.begin(self.step)
             # stochastic depth and the like: a function of the seed, the step and the part of the data
             torch.manual_seed(seed_of(self.args.run.seed, self.step, micro // parts, stream.part))
             self.last_micro_batch = micro == self.accumulation - 1
@@ -358,15 +366,18 @@ class Run:
     def _after_step(self, done, evaluates):
         """Log, evaluate and write a checkpoint where it is time."""
         run, total = self.args.run, self.length.steps
-        self.log_file.bar.update()
+        self.micro_batches_done = 0
+        self.log_file.step_done()
         evaluates = evaluates and self.evaluate is not None
         writes = done == total or done % run.checkpoint_every == 0
         writes = writes or (run.milestone_every and done % run.milestone_every == 0)
         logs = done % run.log_every == 0
         if not (logs or evaluates or writes):
+            if self.log_file.is_due:
+                self.log_file.tell(self._own_loss())
             return
         states = self.batch_stream.state_dict()
-        streak = self._report(done, states, evaluates, shown=logs or done == total)
+        streak = self._report(done, states, evaluates, shown=logs or done == total or self.log_file.is_due)
         if writes or self.save_pending:
             self.save_pending = bool(streak) or not self._save(done, states)  # ruined weights are not written
             for pause in growing_pauses(self.args.data.patience):
@@ -399,13 +410,28 @@ class Run:
         }
         if evaluates:
             try:
-                line |= self.evaluate(line)
+                with self.log_file.silence():
+                    line |= self.evaluate(line)
             except (UserError, RunError):  # images to evaluate on that cannot be had: a resumed run tries them again
                 self._save(step, states, unjudged=line)
                 raise
         self.log_file.write(line, shown)
         self.interval, self.reported_streak = Interval(), streak
         return streak
+
+    def _status(self):
+        """Where the run is: asked by the log's thread at any moment, of numbers that the host knows."""
+        interval, effective, now = self.interval, self.args.data.effective_batch_size, time.perf_counter()
+        done, waiting_since = self.micro_batches_done * effective // self.accumulation, self.waiting_since
+        seconds = max(now - interval.began, 1e-9)
+        waited = interval.waited + (now - waiting_since if waiting_since else 0)
+        return Status((interval.steps * effective + done) / seconds, min(waited / seconds, 1), done, effective)
+
+    def _own_loss(self):
+        """The mean loss of this process in this interval; None if the script names none. The host waits for the
+        device, and for no other process."""
+        loss = self.interval.sums.get("loss")
+        return None if loss is None else (loss / self.interval.good).item()
 
     def _means(self):
         """{name: mean over steps and processes} of the interval; the number of files of all processes that could not be
@@ -519,6 +545,14 @@ class Run:
         write_text(self.folder / "result.json", json.dumps(result, indent=2))
         return result
 
+    def print_result(self, lines, result):
+        """The last lines: those of a table, the path of result.json and, where standard output is no terminal, the
+        same object on one line: scripts read it. On the main process."""
+        in_terminal = sys.stdout.isatty()
+        print(*lines, "", f"{self.folder / 'result.json'}{'' if in_terminal else ':'}", sep="\n", flush=True)
+        if not in_terminal:
+            print(json.dumps(result), flush=True)
+
 
 # ----------------------------------------------------------------------------------------------------------------
 # What a step needs.
@@ -558,7 +592,7 @@ def attention_for(device, precision):
 
 
 def make_accelerator(run, data, tracker="none"):
-    """DeviceArgs, ImagesArgs -> Accelerator and the name of its autocast ("no", "bf16", "fp16")."""
+    """DeviceArgs, ImagesArgs -> Accelerator and the name of its autocast ("no", "bf16", "fp16"). Raises UserError."""
     from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
     from accelerate.utils import parse_flag_from_env
 
@@ -575,6 +609,10 @@ def make_accelerator(run, data, tracker="none"):
             InitProcessGroupKwargs(timeout=timedelta(minutes=run.timeout + data.patience)),
         ],
     )
+    launched = world_size()
+    require(accelerator.num_processes >= launched,
+            f"{launched} processes were launched for GPUs, and no GPU was found: for processes on a CPU start with "
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {launched} {Path(sys.argv[0]).name} ...")  # fmt: skip
     if accelerator.device.type == "cpu":
         torch.set_num_threads(cores_per_process())  # accelerate launch leaves one
     return accelerator, precision
@@ -600,6 +638,12 @@ def start_tracker(accelerator, project, args):
     raise_together(mistake)
 
 
+def answer(message):
+    """A line on standard error, from a signal's handler: print() could be in the middle of another line."""
+    with suppress(OSError):  # closed
+        os.write(2, ("\n" * os.isatty(2) + message + "\n").encode())
+
+
 class Stop(BaseException):
     """A signal while waiting for data; no Exception, which would be taken for a bad file."""
 
@@ -608,7 +652,7 @@ class Peers:
     """What the processes of a run say to each other between steps, from host to host: no device is waited for.
 
     From here on SIGTERM, SIGUSR1 and the first Ctrl-C ask for a stop (unless they are ignored, as in the background of
-    a script); a second Ctrl-C ends the process at once. `signal` is the name of the one that came.
+    a script), and are answered at once; a second Ctrl-C ends the process. `signal` is the name of the one that came.
     """
 
     def __init__(self, processes, minutes):
@@ -622,9 +666,14 @@ class Peers:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def handle(self, number, frame):
-        self.signal = signal.Signals(number).name
-        if number == signal.SIGINT:
+        name, answered = signal.Signals(number).name, self.signal is not None
+        self.signal = name
+        if number == signal.SIGINT:  # a terminal sends it to all processes: one answers
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                answer("stopping after this step; again to end now")
+        elif not answered:
+            answer(f"{name}: stopping after this step")
         if self.interruptible:
             raise Stop
 

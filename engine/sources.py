@@ -4,10 +4,11 @@ The libraries that read them are imported where they are used: a wrong flag is a
 """
 
 from engine.arguments import local_path
-from engine.errors import ServerGoneError, UserError, first_line, require
-from engine.network import patiently
+from engine.errors import HubAwayError, ServerGoneError, UserError, first_line, require
+from engine.network import hub_problem, patiently
 
 import dataclasses
+import hashlib
 import itertools
 import re
 import tarfile
@@ -35,10 +36,16 @@ class Source:
     """Minutes to wait for a server that is away."""
     files: list = field(default_factory=list)
     """The Parquet files of a stream that is dealt by file."""
+    side: tuple | None = None
+    """Streams with --val-fraction, (fraction, whether these are the images held out): others are passed over."""
 
     @property
     def streaming(self):
         return not hasattr(self.data, "__len__")
+
+    def has(self, image):
+        """Whether an image, encoded bytes, is on this side of --val-fraction."""
+        return self.side is None or is_held_out(image, self.side[0]) == self.side[1]
 
     def label(self, row):
         """The number of a row's class. Raises ValueError."""
@@ -49,17 +56,66 @@ class Source:
         return int(number)
 
 
+def is_held_out(image, fraction):
+    """Whether --val-fraction holds an image out, by its encoded bytes: whatever its name, and in whatever form the data
+    set comes. A larger fraction holds out the same images and more."""
+    return int.from_bytes(hashlib.blake2b(image, digest_size=8).digest()) < fraction * 2**64
+
+
+def read_image(image, name, patience):
+    """The encoded bytes of an image column's value {"bytes", "path"}, here or on the Hub. Raises ServerGoneError, and
+    whatever a bad row raises."""
+    image = image or {}
+    if image.get("bytes") is not None:
+        return image["bytes"]
+    require(image.get("path"), "the row holds no image")
+    return patiently(partial(read_file, image["path"]), name, patience)
+
+
+def read_file(path):
+    """The bytes of a file, here or on the Hub."""
+    import fsspec
+
+    with fsspec.open(path, "rb") as file:
+        return file.read()
+
+
+def held_out_rows(rows, column, fraction):
+    """A batch of rows on disk -> {"held_out": [bool]}, for datasets' map, which remembers the answer. What cannot be
+    read stays among the images to learn from, where it is counted."""
+    answers = []
+    for image in rows[column]:
+        try:
+            answers.append(is_held_out(read_image(image, "", 0), fraction))
+        except (UserError, OSError):
+            answers.append(False)
+    return {"held_out": answers}
+
+
+def take_side(data, column, fraction, held_out):
+    """The rows of a datasets.Dataset that --val-fraction holds out, or the others."""
+    import numpy as np
+
+    options = dict(fn_kwargs=dict(column=column, fraction=fraction), batched=True, batch_size=100)
+    answers = data.select_columns(column).map(held_out_rows, remove_columns=[column], desc="hashing images", **options)
+    return data.select(np.flatnonzero(np.array(answers["held_out"], dtype=bool) == held_out))
+
+
 def open_builder(dataset, patience=30.0):
     """The datasets builder of a Hub id, folder or file. Raises UserError."""
     import datasets
 
     path = local_path(dataset)
+    problem = hub_problem() if path is None else None
+    if problem:
+        raise HubAwayError(f"data set {dataset} is no local folder, and the Hub cannot be reached ({problem}): pass a "
+                           "folder, Parquet or tar of your own, or --dataset demo")  # fmt: skip
     try:
         if path is None:
             # no connection at all, the first time, is a mistake: datasets' ConnectionError is not waited for
             return patiently(partial(datasets.load_dataset_builder, dataset), dataset, patience)
         if path.is_dir():
-            return datasets.load_dataset_builder(str(path))
+            return datasets.load_dataset_builder(str(path.absolute()))  # "parquet" alone would be one of its readers
         kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
         if kind is None:
             raise UserError(f"data set {path} is neither a folder nor a .parquet or .tar file")
@@ -145,13 +201,22 @@ def open_labelled(data, labels, world=1, learn=True):
     on their classes. Raises UserError."""
     import datasets
 
+    hint = f"pass --val-fraction 0.1, which holds out a tenth of {data.split}, the same in all scripts"
+    if data.val_fraction is not None:
+        require(labels.val_split is None, "--val-fraction and --val-split are both given: give one")
+        labels.val_split = f"{data.val_fraction:g} of {data.split}"
+        val = open_source(data, 1, True, labels.num_classes, held_out=True)
+        return open_source(data, world, True, labels.num_classes) if learn else None, val
     if labels.val_split is None:
         splits = list(open_splits(data.dataset, data.patience))
         others = [name for name in ("validation", "val", "valid", "test") if name in splits and name != data.split]
         if not others:
-            raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; "
-                            "pass --val-split")  # fmt: skip
+            raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; {hint}, "
+                            "or --val-split")  # fmt: skip
         labels.val_split = others[0]
+    require(labels.val_split != data.split or not learn,
+            f"--val-split {data.split} is the split to learn from, where every image would find itself: {hint}, or "
+            "another split")  # fmt: skip
     val = open_source(dataclasses.replace(data, split=labels.val_split, num_images=None), 1, True, labels.num_classes)
     if not learn:
         return None, val
@@ -183,9 +248,9 @@ def open_splits(dataset, patience=30.0):
         raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
 
 
-def open_source(args, slots=1, labelled=False, num_classes=None):
-    """ImagesArgs -> Source. `slots` is how many processes share a stream; `labelled` asks for classes. Raises
-    UserError."""
+def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False):
+    """ImagesArgs -> Source. `slots` is how many processes share a stream; `labelled` asks for classes; with
+    --val-fraction it has the images that are not `held_out`, or those that are. Raises UserError."""
     import datasets
     import pyarrow.parquet as pq
 
@@ -222,6 +287,14 @@ def open_source(args, slots=1, labelled=False, num_classes=None):
     except Exception as error:  # every reader has its own way to refuse a file
         raise UserError(f"data set {args.dataset} cannot be read: {first_line(error)}") from error
     count = (args.num_images or count_images(builder, args.split)) if streams else len(data)
+    whole, fraction, side = data, args.val_fraction, None
+    if fraction is not None and streams:  # sorted out as they are read: how many there are is not known before
+        side, count = (fraction, held_out), count and round(count * (fraction if held_out else 1 - fraction))
+    elif fraction is not None:
+        data = take_side(whole, image_column, fraction, held_out)
+        count = len(data)
+        none, larger = ("none", "larger") if held_out else ("all", "smaller")
+        require(count, f"--val-fraction {fraction} holds out {none} of the {len(whole)} images: use a {larger} one")
     parts, kind = (data.num_shards, "shards") if streams else (len(data), "images")
     if parts < slots:
         raise UserError(
@@ -231,12 +304,12 @@ def open_source(args, slots=1, labelled=False, num_classes=None):
     features = data.features
     if labelled and builder.name == "parquet" and local:  # datasets takes the first split's features for all
         features = datasets.Features.from_arrow_schema(pq.read_schema(builder.config.data_files[args.split][0]))
-    read = partial(read_classes, args, data, label_column, features, num_classes)
+    read = partial(read_classes, args, whole, label_column, features, num_classes)
     try:
         classes = patiently(read, args.dataset, args.patience) if labelled else None
     except ServerGoneError as error:
         raise UserError(str(error)) from error
-    return Source(data, image_column, label_column, count, args.dataset, classes, args.patience, files)
+    return Source(data, image_column, label_column, count, args.dataset, classes, args.patience, files, side)
 
 
 def count_images(builder, split):

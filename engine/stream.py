@@ -6,46 +6,38 @@ chunks to batches. Every chunk says at which position its worker stands "after" 
 """
 
 from engine.arguments import ImagesArgs
-from engine.errors import STOP_SIGNALS, BadFilesError, LoadingError, ServerGoneError, UserError, first_line, require
+from engine.errors import STOP_SIGNALS, BadFilesError, LoadingError, ServerGoneError, UserError, first_line
 from engine.images import decode
-from engine.network import NetworkError, Outage, patiently
+from engine.network import NetworkError, Outage
 from engine.seeds import permutation, seed_of
+from engine.sources import read_image
 
 import copy
 import itertools
 import math
 import signal
 import sys
-from functools import partial
 
 import torch
 from torch.utils.data import DataLoader
-
-
-def read_file(path):
-    """The bytes of a file, here or on the Hub."""
-    import fsspec
-
-    with fsspec.open(path, "rb") as file:
-        return file.read()
 
 
 def load_chunk(source, view, seed, wanted):
     """Read and decode images, and make a view of each. wanted: (pass, image id, row) triples -> chunk.
 
     A chunk has one list for each of view.names, "ids" [(pass, image id)], "labels" where the source has classes, and
-    "skipped": what could not be decoded or has no label.
+    "skipped": what could not be decoded or has no label. What the other side of --val-fraction has is left out.
     """
     labelled = ("labels",) if source.classes else ()
     chunk = {name: [] for name in (*view.names, "ids", *labelled, "skipped")}
     for epoch, image_id, row in wanted:
         path = None
         try:
-            image = row[source.image_column] or {}
-            data, path = image.get("bytes"), image.get("path")
-            require(data is not None or path, "the row holds no image")
-            if data is None:  # a file of its own, here or on the Hub
-                data = patiently(partial(read_file, path), source.name, source.patience)
+            image = row[source.image_column]
+            path = image and image.get("path")
+            data = read_image(image, source.name, source.patience)
+            if not source.has(data):
+                continue
             tensor = decode(data)
             label = torch.tensor(source.label(row)) if labelled else None
         except ServerGoneError:

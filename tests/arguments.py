@@ -19,6 +19,11 @@ def groups(command):
     return {group.name: group.default_factory for group in dataclasses.fields(command)}
 
 
+def flags(command):
+    """Names of all fields that are flags."""
+    return {field.name for group in groups(command).values() for field in dataclasses.fields(group) if field.init}
+
+
 def assert_used(commands, script, elsewhere=()):
     """A flag that nobody reads is a lie: each field is read, by the script or in engine/, outside the classes that
     define it."""
@@ -30,7 +35,7 @@ def assert_used(commands, script, elsewhere=()):
     names = "args|asked|data|model|target|recipe|run|choice|probe|head_args|labels|encoder"
     for command in commands:
         for group in groups(command).values():
-            for field in dataclasses.fields(group):
+            for field in (field for field in dataclasses.fields(group) if field.init):
                 read = re.search(rf"\b({names})\.{field.name}\b", source)
                 assert read or field.name in elsewhere, field.name
 
@@ -44,7 +49,7 @@ def assert_documented(command, help_text):
             (body,) = (node.body for node in ast.parse(getsource(kind)).body)
             pairs = pairwise(body)
             documented |= {a.target.id for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
-        for field in dataclasses.fields(group):
+        for field in (field for field in dataclasses.fields(group) if field.init):
             assert f"--{field.name.replace('_', '-')}" in help_text
             assert field.name in documented, field.name
     assert "None" not in help_text, "what None stands for is said in words"

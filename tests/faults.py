@@ -91,7 +91,7 @@ def kill_and_resume(folder, kills=20, steps=120, seed=0, report=print):
     flags = ["--steps", steps, "--checkpoint-every", 3, "--keep", 2, "--log-every", 1, "--batch-size", 8,
              "--effective-batch-size", 32, "--workers", 2, "--drop-path", 0.2]  # fmt: skip
     reference, run_dir = folder / "uninterrupted", folder / "killed"
-    succeeded(launch("train.py", "--dataset", "demo", "--run-dir", reference, *flags, processes=2))
+    succeeded(launch("train.py", "--dataset", "demo", "--run-dir", reference, *flags, processes=2, warm=True))
     moments = sorted(chance.sample(range(2, steps - 20), kills))
     done, during_saves, redone, reached = 0, 0, 0, 0
     for i, moment in enumerate(moments):
@@ -121,7 +121,7 @@ def kill_and_resume(folder, kills=20, steps=120, seed=0, report=print):
         redone += reached - resumes_at
         report(f"kill {done:2}: {victim:6} at step {reached:3}{', during a save' * half_written:15}  "
                f"resumes at step {resumes_at}")  # fmt: skip
-    succeeded(launch("train.py", "--dataset", "demo", "--run-dir", run_dir, *flags, processes=2))
+    succeeded(launch("train.py", "--dataset", "demo", "--run-dir", run_dir, *flags, processes=2, warm=True))
     assert_same(run_dir, reference)
     assert not list(run_dir.rglob("*.tmp"))
     return {"kills": done, "during_saves": during_saves, "steps": steps, "steps_redone": redone, "same": True}

@@ -1,9 +1,15 @@
 """Run the real scripts as their users do, in processes of their own or in this one."""
 
+import atexit
+import functools
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -30,11 +36,86 @@ def environment_of(processes=1, **more):
     return {**os.environ, "ACCELERATE_USE_CPU": "true", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
 
 
-def launch(*command, processes=1, cwd=ROOT, timeout=300, **environment):
-    """The finished process of such a command, with its output as text."""
+def launch(*command, processes=1, cwd=ROOT, timeout=300, warm=False, **environment):
+    """The finished process of such a command, with its output as text.
+
+    warm, where neither the start nor the launcher is under test: forked with the libraries imported (warm.py), which
+    have read their environment by then, hence no other one. Its exit code is the first that is not 0.
+    """
+    if warm:
+        assert not environment
+        return launch_warm(command, processes, cwd, timeout)
     return subprocess.run(command_of(*command, processes=processes), cwd=cwd,
                           env=environment_of(processes, **environment),
                           capture_output=True, text=True, timeout=timeout)  # fmt: skip
+
+
+def launch_warm(command, processes, cwd, timeout):
+    environments = [environment_of()] if processes == 1 else environments_of_ranks(processes)
+    with tempfile.TemporaryDirectory() as folder:
+        output = [f"{folder}/stdout", f"{folder}/stderr"]
+        codes = ask_warm(wait=fork_warm(command, environments, cwd, output, timeout))
+        return subprocess.CompletedProcess(command, next(filter(None, codes), 0),
+                                           *(Path(path).read_text() for path in output))  # fmt: skip
+
+
+class WarmProcess:
+    """One that runs in the background, used as a Popen is; its output, errors included, goes to a file."""
+
+    def __init__(self, command, environment, output, cwd=ROOT, timeout=300):
+        self.output, self.returncode = output, None
+        (self.pid,) = fork_warm(command, [environment], cwd, [output, output], timeout)
+
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = ask_warm(poll=self.pid)
+        return self.returncode
+
+    def communicate(self, timeout=300):
+        until = time.monotonic() + timeout
+        while self.poll() is None:
+            if time.monotonic() > until:
+                raise subprocess.TimeoutExpired(self.output, timeout)
+            time.sleep(0.01)
+        return Path(self.output).read_text(), None
+
+    def send_signal(self, number):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+
+def environments_of_ranks(processes):
+    """What torchrun tells its processes."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    return [environment_of(processes, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes),
+                           LOCAL_WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=port)
+            for rank in range(processes)]  # fmt: skip
+
+
+@functools.cache
+def warm_server():
+    """Started once for all tests of this process, and ends with it."""
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py"], env=environment_of(), text=True,
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
+    atexit.register(server.communicate)  # closes its input
+    assert server.stdout.readline() == "ready\n"
+    return server
+
+
+def ask_warm(**request):
+    print(json.dumps(request), file=warm_server().stdin, flush=True)
+    return json.loads(warm_server().stdout.readline())
+
+
+def fork_warm(command, environments, cwd, output, timeout):
+    """Ids of the processes."""
+    return ask_warm(command=[str(word) for word in command], environments=environments, cwd=str(cwd),
+                    output=[str(path) for path in output], timeout=timeout)  # fmt: skip
 
 
 def succeeded(process):

@@ -15,12 +15,12 @@ from engine.stream import ShardChunks
 import errno
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 import time
@@ -29,9 +29,9 @@ import psutil
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from faults import assert_same, kill_and_resume, last_step, ranks_of, start, wait_for
+from faults import assert_same, kill_and_resume, last_step, start, wait_for
 from images import noise_png, write_folder, write_parquet, write_tars
-from launch import command_of, environment_of, launch, log_of, succeeded
+from launch import ROOT, WarmProcess, environment_of, environments_of_ranks, launch, log_of, succeeded
 from safetensors.torch import load_file, save_file
 
 import train
@@ -179,13 +179,13 @@ def test_a_signal_is_heard_while_a_server_is_away(workers, reference, tmp_path, 
 def test_a_signal_to_one_process_stops_all_at_the_same_step(tmp_path):
     """Also that torchrun passes SIGTERM on, and that loading processes leave it to their trainer."""
     flags = [*FLAGS[2:], "--steps", "400", "--checkpoint-every", "300", "--workers", "1"]
-    process = start(tmp_path / "run", *flags)
-    assert wait_for(process, lambda: last_step(tmp_path / "run") >= 3)
-    for child in ranks_of(process)[1].children():
+    both = two_processes(tmp_path / "run", *flags)
+    assert wait_for(both[0], lambda: last_step(tmp_path / "run") >= 3)
+    for child in psutil.Process(both[1].pid).children():
         child.terminate()
-    ranks_of(process)[1].send_signal(signal.SIGUSR1)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 0, output
+    both[1].send_signal(signal.SIGUSR1)
+    output = "".join(process.communicate(timeout=60)[0] for process in both)
+    assert [process.returncode for process in both] == [0, 0], output
     (step,) = steps_of(tmp_path / "run")
     assert f"stopped by SIGUSR1 after step {step}" in output
     assert last_step(tmp_path / "run") == step
@@ -215,19 +215,17 @@ def test_a_second_ctrl_c_ends_the_process_at_once(tmp_path):
 
 def two_processes(run_dir, *flags, script="train.py"):
     """Two ranks that no launcher watches."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    command = command_of(script, *FLAGS, "--steps", "2000", "--run-dir", run_dir, *flags)
-    return [subprocess.Popen(command, env=environment_of(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                                                         LOCAL_WORLD_SIZE="2", MASTER_ADDR="localhost",
-                                                         MASTER_PORT=str(port), PYTHONPATH=str(DEMO.parent)),
-                             cwd=DEMO.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            for rank in range(2)]  # fmt: skip
+    command = [script, *FLAGS, "--steps", "2000", "--run-dir", run_dir, *flags]
+    return [WarmProcess(command, environment, f"{run_dir}.{environment['RANK']}.txt")
+            for environment in environments_of_ranks(2)]  # fmt: skip
 
 
 # Six seconds between steps; at the start, of which a busy machine makes a minute, the default's minutes.
-IMPATIENT = """
+IMPATIENT = f"""
+import sys
+
+sys.path.insert(0, {str(ROOT)!r})
+
 import engine.run
 
 import train
@@ -289,7 +287,7 @@ def test_processes_wait_for_each_other_as_long_as_asked(tmp_path, monkeypatch):
 
 def test_a_loading_process_that_is_killed_ends_the_run_with_a_checkpoint(reference, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        after_step(patch, 4, lambda: [child.kill() for child in psutil.Process().children()])
+        after_step(patch, 4, lambda: [child.kill() for child in multiprocessing.active_children()])
         with pytest.raises(RunError, match="a loading process was killed; is there enough memory"):
             run(tmp_path / "run", "--workers", "1")
     assert steps_of(tmp_path / "run")[-1] in (4, 5, 6), "what was loaded before is used"
@@ -303,7 +301,8 @@ def test_bad_files_of_one_process_end_both_with_a_checkpoint(tmp_path):
     write_parquet(tmp_path / "data", [150, 150], group=150, encode=encode)
     flags = ["--dataset", tmp_path / "data", "--streaming", "--size", "nano", "--teacher", "demo/clip_teacher"]
     process = launch("train.py", *flags, *FLAGS[4:], "--steps", "40", "--checkpoint-every", "30",
-                     "--effective-batch-size", "32", "--run-dir", tmp_path / "run", processes=2)  # fmt: skip
+                     "--effective-batch-size", "32", "--run-dir", tmp_path / "run", processes=2,
+                     warm=True)  # fmt: skip
     assert process.returncode != 0
     message = f"files that this process read of {tmp_path / 'data'} could not be used, more than 1 %"
     assert process.stderr.count(message) == 1, process.stderr
@@ -401,7 +400,8 @@ def test_a_full_disk_does_not_end_the_run(tmp_path):
     """No file may grow beyond a limit for a while: checkpoints fail, training goes on, and they are made up for."""
     flags = [*FLAGS[2:], "--steps", "60", "--log-every", "2", "--drop-path", "0"]
     run(tmp_path / "reference", *flags)
-    process = start(tmp_path / "run", *flags, processes=1)
+    command = ["train.py", "--dataset", "demo", "--run-dir", tmp_path / "run", *flags]
+    process = WarmProcess(command, environment_of(), tmp_path / "output.txt")
     assert wait_for(process, lambda: steps_of(tmp_path / "run")), process.communicate()[0]
     limits = psutil.Process(process.pid).rlimit
     unlimited = limits(psutil.RLIMIT_FSIZE)
@@ -475,7 +475,7 @@ def test_fewer_processes_continue_with_the_same_images_and_losses(tmp_path):
     """Two processes' parts, taken over by one; a loading process more changes nothing; three are refused."""
     two, one = tmp_path / "two", tmp_path / "one"
     more = ["--effective-batch-size", "32", "--drop-path", "0.2", "--workers", "1"]
-    succeeded(launch("train.py", *FLAGS, "--run-dir", two, *more, processes=2))
+    succeeded(launch("train.py", *FLAGS, "--run-dir", two, *more, processes=2, warm=True))
     copy_of(two, one, last=3)
     run(one, *more[:-1], "2", "--parts", "2")
     for ours, theirs in zip(log_of(one), log_of(two), strict=True):
@@ -493,7 +493,7 @@ def test_more_processes_take_over_parts_that_one_began(tmp_path):
     more = ["--effective-batch-size", "32", "--parts", "4"]
     run(tmp_path / "one", *more)
     copy_of(tmp_path / "one", tmp_path / "two", last=3)
-    succeeded(launch("train.py", *FLAGS, "--run-dir", tmp_path / "two", *more, processes=2))
+    succeeded(launch("train.py", *FLAGS, "--run-dir", tmp_path / "two", *more, processes=2, warm=True))
     for ours, theirs in zip(log_of(tmp_path / "two"), log_of(tmp_path / "one"), strict=True):
         assert ours["seen"] == theirs["seen"] and abs(ours["loss"] - theirs["loss"]) < 1e-5
     places = [[json.loads((checkpoints(tmp_path / run)[-1] / f"data_{part}.json").read_text()) for part in range(4)]

@@ -51,7 +51,7 @@ def test_a_change_is_what_it_says(command, name, tmp_path):
     assert subprocess.run(["git", "apply", "-R", "--check", str(ROOT / "docs" / "change_it" / f"{name}.diff")],
                           cwd=folder).returncode == 0  # fmt: skip
     command = command.removeprefix("python ").split()
-    output = succeeded(launch(*command, cwd=folder)).stdout
+    output = succeeded(launch(*command, cwd=folder, warm=name != "teacher")).stdout
     assert re.search(r"^step 20/20  loss \d", output, re.M), output
     run_dir = folder / "runs" / name
     losses = [line["loss"] for line in log_of(run_dir)]
@@ -66,7 +66,7 @@ def resumes_exactly(folder, command, run_dir):
     whole = load_file(run_dir / "model" / "model.safetensors")
     assert (run_dir / "checkpoints" / "step_00000010" / "optimizer_1.bin").exists()
     shutil.rmtree(run_dir / "checkpoints" / "step_00000020")
-    assert "continuing from" in succeeded(launch(*command, cwd=folder)).stdout
+    assert "continuing from" in succeeded(launch(*command, cwd=folder, warm=True)).stdout
     again = load_file(run_dir / "model" / "model.safetensors")
     assert all(torch.equal(whole[key], again[key]) for key in whole)
 
@@ -74,7 +74,7 @@ def resumes_exactly(folder, command, run_dir):
 def is_refused(folder, run_dir):
     """What BEiT has no place for is named, by whoever would lose it."""
     for command in ("convert.py --to beit --output out", "finetune.py classify --dataset demo"):
-        process = launch(*command.split(), "--checkpoint", run_dir, cwd=folder)
+        process = launch(*command.split(), "--checkpoint", run_dir, cwd=folder, warm=True)
         assert process.returncode == 2 and "register_token" in process.stderr, process.stderr
         assert len(process.stderr.strip().splitlines()) == 1
 

@@ -418,7 +418,7 @@ with Run(args) as run:
 def test_two_processes_evaluate_as_a_plain_loop_does(thousand, tmp_path):
     data = thousand / "noise"
     (tmp_path / "evaluate.py").write_text(SCRIPT.format(root=str(ROOT), data=str(data)))
-    process = succeeded(launch(tmp_path / "evaluate.py", processes=2))
+    process = succeeded(launch(tmp_path / "evaluate.py", processes=2, warm=True))
     accuracy, images, near = json.loads(process.stdout.strip().splitlines()[-1])
     assert images == 1003
 
@@ -502,7 +502,7 @@ def test_images_without_a_label_are_skipped_and_counted(tmp_path):
 
 def test_data_sets_that_cannot_be_evaluated_on(tmp_path):
     alone = write_parquet(tmp_path / "alone", (8,))
-    with pytest.raises(UserError, match=r"has no split to evaluate on: it has train; pass --val-split"):
+    with pytest.raises(UserError, match=r"has no split to evaluate on: it has train; pass --val-fraction 0.1"):
         labelled(alone)
     with pytest.raises(UserError, match=r"has no split 'dev': it has train"):
         labelled(alone, val_split="dev")
@@ -569,6 +569,25 @@ def test_the_papers_recipes():
     assert probe.make_heads(parsed("attentive", "--checkpoint", "x"), encoder, 10)[2].param_groups[0]["nesterov"]
     smaller = parsed("linear", "--checkpoint", "x", "--effective-batch-size", "1024")
     assert probe.make_heads(smaller, encoder, 10)[2].param_groups[0]["peak"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("task", "flags", "images", "batch", "peak"), [
+    ("linear", "", 8 * 16384, 16384, 6.4),
+    ("linear", "", 8 * 16384 - 1, 8192, 6.4),
+    ("linear", "", 300, 32, 6.4),
+    ("linear", "--effective-batch-size 128", 300, 128, 6.4),
+    ("linear", "--effective-batch-size 128", 8 * 16384, 128, 0.05),
+    ("linear", "--dataset demo", 6000, 256, 10.0),
+    ("attentive", "", 300, 32, 0.4 / 256),
+    ("attentive", "--kind ep", 300, 32, 1.6),
+])  # fmt: skip
+def test_small_data_get_a_small_batch(task, flags, images, batch, peak):
+    """LARS keeps the peak of the recipe's batch, SGD follows the batch."""
+    encoder = load_encoder(EncoderArgs(random_init="nano"))
+    asked = parse(probe.Command, [task, "--checkpoint", "x", "--run-dir", "x", *flags.split()])
+    args = probe.resolve(asked, encoder, 1, images)
+    assert args.data.effective_batch_size == batch
+    assert probe.make_heads(args, encoder, 10)[2].param_groups[0]["peak"] == pytest.approx(peak)
 
 
 def test_heads_are_every_combination_and_the_recipe_is_first():
@@ -681,7 +700,7 @@ def test_more_neighbours_than_images_are_refused(run, capsys):
 def test_linear_run_on_cached_features(run, tmp_path):
     flags = ("linear", *SMALL_BATCH, "--cache-features", "--epochs", 20, "--eval-every", 10)
     result, output = run(*flags, "--lr", 100, "--pool", "class", "both")
-    settings = [("class", 0.1), ("class", 100.0), ("both", 0.1), ("both", 100.0)]
+    settings = [("class", 25.6), ("class", 100.0), ("both", 25.6), ("both", 100.0)]  # 6.4 at 64 images
     assert [(head["pool"], head["lr"]) for head in result["heads"]] == settings
     assert result["augmentation"] == "none: features cached" and "features cached" in output
     assert result["best_of"] == 4 and result["best"]["top1"] == max(h["top1"] for h in result["heads"]) > 30

@@ -1,4 +1,5 @@
-"""probe.py as its users run it: real processes on the demo data (its first images), alone and in two."""
+"""probe.py as its users run it: real processes on the demo data (its first images), alone and in two. Those that are
+warm find the libraries imported."""
 
 import json
 import shutil
@@ -28,19 +29,19 @@ def run_probe(tmp_path_factory):
     """probe.py on the first images of the demo: its result and output; the file and the last line say the same."""
     few = write_clothes(tmp_path_factory.mktemp("clothes"), train=1500, test=501)
 
-    def run(run_dir, *command, processes=1, **environment):
+    def run(run_dir, *command, **options):
         flags = ["--dataset", few, "--streaming", "--run-dir", run_dir, "--workers", "1"]
-        process = succeeded(launch("probe.py", *command, *flags, processes=processes, **environment))
+        process = succeeded(launch("probe.py", *command, *flags, **options))
         result = json.loads((run_dir / "result.json").read_text())
         assert json.loads(process.stdout.strip().splitlines()[-1]) == result
-        assert result["processes"] == processes and result["images"] == 501 and result["skipped"] == 0
+        assert result["processes"] == options.get("processes", 1) and result["images"] == 501 and result["skipped"] == 0
         return result, process.stdout
 
     return run
 
 
 def test_knn_is_the_same_in_one_process_and_in_two(encoder, run_probe, tmp_path):
-    one, output = run_probe(tmp_path / "one", "knn", "--checkpoint", encoder)
+    one, output = run_probe(tmp_path / "one", "knn", "--checkpoint", encoder, warm=True)
     two, _ = run_probe(tmp_path / "two", "knn", "--checkpoint", encoder, processes=2)
     assert one["weights"] == two["weights"] and one["top1"] > 50
     for a, b in zip(one["knn"], two["knn"], strict=True):
@@ -53,7 +54,7 @@ def test_a_probe_on_cached_features(encoder, run_probe, tmp_path):
     """In two processes. (Without a cache: test_probe_step.py.)"""
     command = ["linear", "--cache-features", "--steps", "70", "--warmup-epochs", "1", "--lr", "30", "--pool", "class",
                "both"]  # fmt: skip
-    result, output = run_probe(tmp_path, *command, "--checkpoint", encoder, processes=2)
+    result, output = run_probe(tmp_path, *command, "--checkpoint", encoder, processes=2, warm=True)
     assert result["best_of"] == len(result["heads"]) == 4 and "2 processes x " in output
     assert all(0 <= head["top1"] <= head["top5"] <= 100 for head in result["heads"])
     assert result["best"]["top1"] > 50, "70 steps of a linear layer on random features"
@@ -74,11 +75,11 @@ def test_an_encoder_of_the_hub(encoder, run_probe, tmp_path, form):
 def test_a_probe_resumes_in_two_processes(encoder, run_probe, tmp_path):
     command = ["attentive", "--kind", "ep", "--checkpoint", encoder, "--steps", "4", "--checkpoint-every", "2",
                "--effective-batch-size", "32", "--lr", "2", "--log-every", "1"]  # fmt: skip
-    expected, _ = run_probe(tmp_path / "whole", *command, processes=2)
+    expected, _ = run_probe(tmp_path / "whole", *command, processes=2, warm=True)
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step_00000004")
     (tmp_path / "resumed" / "result.json").unlink()
-    resumed, output = run_probe(tmp_path / "resumed", *command, processes=2)
+    resumed, output = run_probe(tmp_path / "resumed", *command, processes=2, warm=True)
     assert "continuing from" in output
     assert all(resumed[name] == expected[name] for name in ("top1", "top5", "heads", "best", "knn"))
     for a, b in zip(log_of(tmp_path / "resumed"), log_of(tmp_path / "whole"), strict=True):
@@ -95,5 +96,5 @@ def test_a_rank_may_have_nothing_to_evaluate(tmp_path, command):
     write_parquet(tmp_path / "data", (1,), split="test", encode=noise_png)
     flags = ["--dataset", tmp_path / "data", "--streaming", "--workers", "0", "--random-init", "nano"]
     flags += ["--effective-batch-size", "16"]
-    process = succeeded(launch("probe.py", *command, *flags, "--run-dir", tmp_path / "run", processes=2))
+    process = succeeded(launch("probe.py", *command, *flags, "--run-dir", tmp_path / "run", processes=2, warm=True))
     assert json.loads(process.stdout.strip().splitlines()[-1])["images"] == 1

@@ -6,7 +6,6 @@ from engine.errors import UserError
 from engine.sources import Source, open_source
 from engine.stream import Stream, one_pass
 
-import dataclasses
 import hashlib
 import json
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from arguments import groups
+from arguments import flags
 from images import Numbers, noise_png, png, write_parquet
 from launch import call, log_of
 from reference import seed_of
@@ -164,7 +163,7 @@ def test_every_step_micro_batch_and_part_draws_for_itself(tmp_path):
     # the run's seed decides on images and first weights, too
     assert not torch.equal(images[0], other_images[0]) and not torch.equal(weights[0], other_weights[0])
     values = json.loads((tmp_path / "one" / "config.json").read_text())["args"]
-    assert set(values) == {field.name for group in groups(train.Args).values() for field in dataclasses.fields(group)}
+    assert set(values) == flags(train.Args)
 
 
 def test_micro_batches_take_turns_at_the_parts(tmp_path):
@@ -211,8 +210,7 @@ def test_fine_tuning_and_probes_draw_for_every_image_pass_and_run(tmp_path, monk
     assert len(steps) == len(set(steps)) == 2 * 4
     assert not torch.equal(weights[0], weights[4]) and orders[0] != orders[1]
     values = json.loads((tmp_path / "run0" / "config.json").read_text())["args"]
-    fields = {field.name for group in groups(command_class).values() for field in dataclasses.fields(group)}
-    assert set(values) == fields | {"task", "weights"}
+    assert set(values) == flags(command_class) | {"task", "weights"}
 
 
 # The share of files that cannot be used: 1 % is the most.
@@ -270,8 +268,8 @@ def test_one_percent_of_bad_files_is_the_most_in_an_evaluation():
 FREE = {"run_dir", "resume", "resume_changed", "log_every", "checkpoint_every", "keep", "milestone_every", "tracker",
         "compile", "checkpoint_blocks", "workers", "timeout", "patience", "max_bad_steps", "checkpoint", "beside",
         "push_to_hub"}  # fmt: skip
-BEGINS_ANEW = {"dataset", "split", "image_column", "streaming", "num_images", "seed", "batch_size", "parts",
-               "shuffle_window", "interleave"}  # fmt: skip
+BEGINS_ANEW = {"dataset", "split", "image_column", "streaming", "val_fraction", "num_images", "seed", "batch_size",
+               "parts", "shuffle_window", "interleave"}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", [train.Args, finetune.Classify, probe.Linear, probe.Attentive])
@@ -312,6 +310,5 @@ def test_every_argument_is_free_or_compared_on_a_resume(tmp_path, command):
     for other in ({"epochs": 2.5, "steps": 3}, {"epochs": 2, "steps": 4}, {"epochs": 2.5, "steps": None}):
         with pytest.raises(UserError, match="another configuration"):
             go_on({**values, **other})
-    everywhere = {field.name for kind in (train.Args, finetune.Classify, probe.Linear, probe.Attentive)
-                  for group in groups(kind).values() for field in dataclasses.fields(group)}  # fmt: skip
-    assert everywhere >= FREE | BEGINS_ANEW
+    everywhere = map(flags, (train.Args, finetune.Classify, probe.Linear, probe.Attentive))
+    assert set().union(*everywhere) >= FREE | BEGINS_ANEW

@@ -88,7 +88,7 @@ def test_one_two_processes_and_accumulation_give_the_same_losses(tmp_path):
     """The same global batches, images and masks: losses and weights differ by rounding only."""
     for name, flags in (("one", []), ("accumulated", ["--batch-size", "8"])):
         run_here(tmp_path / name, *flags, command=EXACT)
-    both = run(tmp_path / "both", "--batch-size", "4", command=EXACT, processes=2)
+    both = run(tmp_path / "both", "--batch-size", "4", command=EXACT, processes=2, warm=True)
     assert "2 processes x 4 images x 2 = 16 images a step" in both.stdout
     expected = log_of(tmp_path / "one")
     assert expected[0]["loss"] > expected[-1]["loss"]
@@ -113,7 +113,7 @@ def test_every_method_trains(tmp_path, flags):
         run_here(tmp_path, *flags, *more)
         AcceleratorState._reset_state(True)
     else:
-        run(tmp_path, *flags, *more, processes=processes)
+        run(tmp_path, *flags, *more, processes=processes, warm=True)
     lines = log_of(tmp_path)
     parts = {"0": "reconstruct", "cae": "reconstruct align", "visible": "cls visible", "masked": "masked"}
     wanted = next(names.split() for word, names in parts.items() if word in flags)
@@ -149,7 +149,7 @@ def test_a_tracker_that_cannot_start_is_told_in_one_line(tmp_path, monkeypatch):
 
 def test_the_demo_learns(tmp_path):
     """The README's first command, cut short: its loss clearly falls."""
-    succeeded(launch("train.py", "--dataset", "demo", "--steps", "60", "--run-dir", tmp_path))
+    succeeded(launch("train.py", "--dataset", "demo", "--steps", "60", "--run-dir", tmp_path, warm=True))
     first, _, last = log_of(tmp_path)
     assert first["step"] == 20 and last["loss"] < 0.8 * first["loss"]
 
@@ -175,7 +175,7 @@ def test_a_loss_that_stays_not_finite_stops_the_run(tmp_path, monkeypatch, capsy
 
 
 def test_a_sharded_model_takes_the_same_steps():
-    process = succeeded(launch("tests/fsdp.py", processes=2))
+    process = succeeded(launch("tests/fsdp.py", processes=2, warm=True))
     assert process.stdout.count("sharded over 2 processes, each holds 50%: the losses of the whole model") == 2
 
 

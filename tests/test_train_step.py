@@ -171,6 +171,8 @@ class StoredStream:
 class StoredTeacher(torch.nn.Module):
     """The targets of the same run, one batch after the other."""
 
+    patch_pixels = 4
+
     def __init__(self, golden, size, target_dim):
         super().__init__()
         self.targets, self.target_dim = iter(golden["targets"].flatten(0, 1).split(size)), target_dim

@@ -267,6 +267,7 @@ def test_pretraining_skips_counts_and_names_the_zoo(data_sets, tmp_path):
         ROOT / "train.py", "--dataset", data_sets["parquet"], "--streaming", "--run-dir", tmp_path / "run", "--size",
         "nano", "--method", "cae", "--target", "pixels", "--mask-ratio", 0.9, "--align-weight", 0, "--decoder-depth", 0,
         "--workers", 1, "--interleave", 1, "--effective-batch-size", BATCH, "--steps", STEPS,
+        warm=True,
     )  # fmt: skip
     succeeded(process)
     lines = log_of(tmp_path / "run")

@@ -3,6 +3,7 @@ meets a tensor of another device, or where a value is asked for, which would let
 raise. Every forward is run so; backward cannot be, which needs a real device."""
 
 import engine.evaluation
+import engine.log
 import engine.run
 from engine.arguments import DEMO, parse
 from engine.evaluation import accuracy, hits, knn, nearest, votes
@@ -349,6 +350,7 @@ def take_steps(monkeypatch, work):
     monkeypatch.setattr(torch.nn.Module, "to", to)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     monkeypatch.setattr(torch.optim.swa_utils.AveragedModel, "update_parameters", lambda average, model: None)
+    monkeypatch.setattr(engine.log.Log, "is_due", False)  # what a start says first, and half a minute without a word
     monkeypatch.setattr(engine.run, "make_accelerator", lambda *_: (accelerator, "no"))
     monkeypatch.setattr(Run, "steps", two_steps)
     with pytest.raises(Done):

@@ -153,6 +153,9 @@ def parse(kind, argv=None, **options):
         default = type(first)()
         default.data.streaming = local_path(first.data.dataset) is None or first.data.dataset == "demo"
         return tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
+    except BrokenPipeError:  # of --help | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise SystemExit(0) from None
     except SystemExit:  # --help, or a wrong flag
         gc.freeze()  # the end would look through all of torch for cycles, for a fifth of the time of an answer
         raise
@@ -210,12 +213,13 @@ def resolve_run(data, run, world, old, *, batch, effective, epochs, images=None)
         f"--parts {data.parts}{' of the run that is resumed' if old.get('parts') == data.parts else ''} cannot be "
         f"shared by {world} processes: use {' or '.join(fits) or 'a positive number'}",
     )
-    asked, fitting = data.effective_batch_size, fitting_batch(effective, images)
+    asked, asked_batch, fitting = data.effective_batch_size, data.batch_size, fitting_batch(effective, images)
     wanted = asked or old.get("effective_batch_size") or fitting
     kept = old.get("batch_size") or 0  # as long as it can be kept
     if kept and wanted % (kept * data.parts) == 0:
         fill(data, "batch_size", kept)
-    fill(data, "batch_size", max(1, min(batch, wanted // data.parts)))
+    default = max(1, min(batch, wanted // data.parts))
+    fill(data, "batch_size", default)
     together = data.batch_size * data.parts
 
     def nearest(size):
@@ -223,8 +227,9 @@ def resolve_run(data, run, world, old, *, batch, effective, epochs, images=None)
         return together * max(1, round(size / together))
 
     data.effective_batch_size = asked or nearest(wanted)
-    if asked is None and data.effective_batch_size != nearest(fitting):
-        data.batch_note = f"as the run in {run.run_dir} began"
+    of_folder = asked_batch is None and data.batch_size != default
+    if of_folder or (asked is None and data.effective_batch_size != nearest(fitting)):
+        data.batch_note = f"as the run in {run.run_dir if run.resume == 'auto' else run.resume} began"
     elif asked is None and fitting != effective:
         data.batch_note = f"the recipe's {effective} would be too many for {images} images"
     require(

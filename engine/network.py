@@ -19,7 +19,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 60.0  # seconds between two attempts
 TAR_BLOCK = 16 << 20
-HUB_SILENCE = 5.0  # seconds in which the Hub is to answer, when a run asks for it first
+HUB_PAUSES, HUB_SILENCE = (0, 1, 2), 5.0  # seconds before each question whether the Hub is there, and for its answer
 
 
 def growing_pauses(minutes=math.inf):
@@ -40,19 +40,23 @@ class NetworkError(ConnectionError):
 
 @cache
 def hub_problem():
-    """Why the Hub cannot be reached, None if it answers in any way. Asked once, shortly. Without it all libraries are
-    told so: they look into the cache, where they would ask for most of a minute."""
+    """Why the Hub cannot be reached, None if it answers in any way. Asked at the start, three times in a few seconds.
+    Without it all libraries are told so: they look into the cache, where they would go on asking for most of a
+    minute."""
     if hub_constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    try:
-        get_session().head(hub_constants.ENDPOINT, timeout=HUB_SILENCE)
-    except (HTTPError, OSError) as error:
-        hub_constants.HF_HUB_OFFLINE = True
-        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported from now on
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-        return f"{hub_constants.ENDPOINT} does not answer: {first_line(error)}"
-    return None
+    for pause in HUB_PAUSES:
+        time.sleep(pause)
+        try:
+            get_session().head(hub_constants.ENDPOINT, timeout=HUB_SILENCE)
+            return None
+        except (HTTPError, OSError) as error:
+            problem = f"{hub_constants.ENDPOINT} does not answer: {first_line(error)}"
+    hub_constants.HF_HUB_OFFLINE = True
+    os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported from now on
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    return problem
 
 
 @contextmanager

@@ -35,7 +35,7 @@ class Source:
     patience: float = 30.0
     """Minutes to wait for a server that is away."""
     files: list = field(default_factory=list)
-    """The Parquet files of a stream that is dealt by file."""
+    """The Parquet files of a stream whose shards are files."""
     side: tuple | None = None
     """Streams with --val-fraction, (fraction, whether these are the images held out): others are passed over."""
 
@@ -64,7 +64,7 @@ def is_held_out(image, fraction):
 
 def read_image(image, name, patience):
     """The encoded bytes of an image column's value {"bytes", "path"}, here or on the Hub. Raises ServerGoneError, and
-    whatever a bad row raises."""
+    whatever a damaged one raises."""
     image = image or {}
     if image.get("bytes") is not None:
         return image["bytes"]
@@ -275,7 +275,7 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
         if not streams:
             builder.download_and_prepare()
             data = builder.as_dataset(split=args.split).cast_column(image_column, datasets.Image(decode=False))
-        # Parquet is dealt by row group: always on disk; on the Hub, where a footer costs a request, if files are few.
+        # Parquet's shards are row groups: always on disk; on the Hub, where a footer costs a request, if files are few.
         elif local or data.num_shards < slots * max(args.workers or 1, 1):
             data, files = data.reshard(), []
         return data, image_column, label_column, files

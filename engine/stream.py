@@ -85,7 +85,7 @@ class RowChunks(torch.utils.data.Dataset):
 class ShardChunks(torch.utils.data.IterableDataset):
     """Streams: the chunks of one worker, pass after pass; an empty chunk marked "end" closes each pass.
 
-    Shards are dealt anew for every pass: of a permutation keyed by (seed, pass), rank r takes every world-th shard
+    Shards are assigned anew for every pass: of a permutation keyed by (seed, pass), rank r takes every world-th shard
     from the r-th on, and worker w of them every workers-th. A worker reads `interleave` shards in turn and shuffles
     within windows, by a permutation keyed by (seed, pass, first image of the window): the whole state is a position.
     """

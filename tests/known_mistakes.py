@@ -738,7 +738,7 @@ MISTAKES = [
     Mistake("a batch without a smallest", "while images and effective > SMALLEST_BATCH and images <", "while images and effective > 1 and images <", "tests/test_own_images.py::test_a_batch_that_fits"),
     Mistake("a given batch is made smaller", "data.effective_batch_size = asked or nearest(wanted)", "data.effective_batch_size = nearest(fitting)", "tests/test_own_images.py::test_what_was_given_is_never_changed"),
     Mistake("the batch of the run that goes on is forgotten", "wanted = asked or old.get(\"effective_batch_size\") or fitting", "wanted = asked or fitting", "tests/test_own_images.py::test_a_run_that_goes_on_keeps_its_batch_and_says_so"),
-    Mistake("a batch size of before is held against the flag", "if kept and wanted % (kept * data.parts) == 0:", "if kept:", "tests/test_own_images.py::test_a_run_that_goes_on_keeps_its_batch_and_says_so"),
+    Mistake("a batch size of before is held against the flag", "if kept and wanted % (kept * data.parts) == 0:", "if kept:", "tests/test_own_images.py::test_a_batch_that_nobody_gave_is_not_held_against_a_flag"),
     Mistake("a small batch is not explained", "if getattr(data, \"batch_note\", \"\") else \"\"", "if False else \"\"", "tests/test_own_images.py::test_own_images_without_labels"),
     Mistake("pretraining does not know how many images there are", "args = resolve(asked, run.world, source.num_images)", "args = resolve(asked, run.world)", "tests/test_own_images.py::test_own_images_without_labels"),
     Mistake("the flag's note is written as a flag", "for f in dataclasses.fields(group) if f.init}", "for f in dataclasses.fields(group)}", "tests/test_own_images.py::test_own_images_without_labels"),

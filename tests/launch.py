@@ -102,7 +102,8 @@ def warm_server():
     """Started once for all tests of this process, and ends with it."""
     server = subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py"], env=environment_of(), text=True,
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # fmt: skip
-    atexit.register(server.communicate)  # closes its input
+    atexit.register(server.wait)
+    atexit.register(server.kill)  # first: loading processes of tests hold its input open, too
     assert server.stdout.readline() == "ready\n"
     return server
 

@@ -3,12 +3,14 @@
 from engine.arguments import parse
 
 import ast
+import importlib
 import os
 import re
 import subprocess
 import sys
 
 import pytest
+import tyro
 from launch import ROOT
 
 import convert
@@ -81,8 +83,6 @@ COMMANDS = {
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_new_flag_is_a_decision(command, capsys, monkeypatch):
     """--help of every script against flags.txt: who adds a flag writes it there, too."""
-    import tyro
-
     kind, start = COMMANDS[command]
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit):
@@ -96,6 +96,38 @@ def test_a_new_flag_is_a_decision(command, capsys, monkeypatch):
     listed = (ROOT / "tests" / "flags.txt").read_text()
     listed = dict(block.split(":\n") for block in listed.strip().split("\n\n"))
     assert found == sorted(listed[command].split()), command
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_begins_with_the_essentials(command, capsys, monkeypatch):
+    """And two examples; what they name there is."""
+    kind, start = COMMANDS[command]
+    script, *words = command.split()
+    module = importlib.import_module(script.removesuffix(".py"))
+    monkeypatch.setattr(sys, "argv", [script, *words, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    beginning, _, rest = capsys.readouterr().out.partition("examples:\n")
+    examples = [line.split() for line in rest.partition("\n\n")[0].splitlines()]
+    assert stop.value.code == 0 and len(examples) == 2
+    for example in examples:
+        flags = example[example.index(script) + 1 :]
+        kind, start = COMMANDS[f"{script} {flags[0]}" if words else script]
+        flags = flags if start or not words else flags[1:]
+        tyro.cli(kind, args=flags) if script == "convert.py" else parse(kind, flags)
+    if script == "convert.py":  # it has no more flags than it needs
+        return
+    listed = (ROOT / "tests" / "flags.txt").read_text()
+    found = re.findall(r"(?m)^  (--[\w-]+)  *[A-Z0-9.]+  +\S", beginning)
+    assert found[0] == ("--dataset" if script == "train.py" else "--checkpoint") and found[-1] == "--run-dir"
+    assert len(found) == 7 and all(re.search(rf"{flag}\s", listed) for flag in found)
+
+
+def test_help_may_be_cut_off():
+    """By head, without a traceback."""
+    command = f"{sys.executable} train.py --help | head -n 3"
+    process = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.stdout.startswith("usage: train.py") and process.stderr == ""
 
 
 def test_threads_of_torch_wait_without_spinning():

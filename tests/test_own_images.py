@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 import sys
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -178,7 +179,14 @@ def test_a_run_that_goes_on_keeps_its_batch_and_says_so(tmp_path):
     data = resolved(tmp_path, images=300).data
     assert (data.batch_size, data.effective_batch_size) == (256, 2048)
     assert data.batch_note == f"as the run in {tmp_path / 'run'} began"
-    # a batch size that nobody gave is not held against one that was given
+    (tmp_path / "run" / "config.json").write_text(json.dumps({"args": {"batch_size": 8}, "model": {}}))
+    data = resolved(tmp_path, images=300).data
+    assert (data.batch_size, data.effective_batch_size) == (8, 32), "of one process's batch, too"
+    assert data.batch_note == f"as the run in {tmp_path / 'run'} began"
+
+
+def test_a_batch_that_nobody_gave_is_not_held_against_a_flag(tmp_path):
+    begun(tmp_path, batch_size=256, effective_batch_size=2048, parts=1)
     data = resolved(tmp_path, "--effective-batch-size", "64", images=300).data
     assert (data.batch_size, data.effective_batch_size, data.batch_note) == (64, 64, "")
 
@@ -274,6 +282,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network, "get_session", Session)
+    monkeypatch.setattr(network, "HUB_PAUSES", (0, 0, 0))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     yield asked
     network.hub_problem.cache_clear()
@@ -294,7 +303,7 @@ def test_without_the_hub_one_line_names_the_ways_out(no_network, photos, tmp_pat
     flags = ["knn", "--checkpoint", "openai/clip-vit-base-patch16", "--dataset", "demo"]
     error = refused(monkeypatch, capsys, probe, *flags, run_dir=tmp_path / "knn")
     assert re.search("--checkpoint openai/clip-vit-base-patch16 .*Name or service not known", error)
-    assert len(no_network) == 1 and no_network[0][1] <= 5, "asked once, for five seconds"
+    assert len(no_network) == 3 and no_network[0][1] <= 5, "asked by the first of them, for five seconds each"
     from huggingface_hub import is_offline_mode
 
     assert is_offline_mode() and datasets.config.HF_HUB_OFFLINE, "nor do libraries ask"
@@ -311,7 +320,21 @@ def test_what_lies_in_the_cache_needs_no_hub(no_network, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     args = parse(train.Args, ["--teacher", "me/teacher", "--size", "nano"]).target
     assert train.CLIPTeacher(args, 4).target_dim == 64
-    assert len(no_network) == 1
+    assert len(no_network) == 3
+
+
+def test_a_hub_that_answers_late_is_there(no_network, monkeypatch):
+    """The second time, and with an error of its own."""
+    from huggingface_hub import is_offline_mode
+
+    network = importlib.import_module("engine.network")
+    refuse = network.get_session().head
+
+    def head(url, timeout):
+        return refuse(url, timeout) if not no_network else "503"
+
+    monkeypatch.setattr(network, "get_session", lambda: SimpleNamespace(head=head))
+    assert network.hub_problem() is None and not is_offline_mode() and len(no_network) == 1
 
 
 def test_where_released_weights_are_to_be_had():

@@ -78,26 +78,30 @@ def draw_loss(axis, run_dir):
 
 
 def demo(output):
-    figure = plt.figure(figsize=(10, 3.4))
-    grid = figure.add_gridspec(2, 9, wspace=0.25, hspace=0.05, width_ratios=[1] * 4 + [0.35, 3.6, 0.35, 2.3, 0.01])
-    for i, image in enumerate(pictures(4)):
-        for row, picture in enumerate((image, masked_picture(image, block_mask, i))):
-            show(figure.add_subplot(grid[row, i]), picture, ("image", "masked")[row] if i == 0 else "")
-    axis = figure.add_subplot(grid[:, 5])
+    figure = plt.figure(figsize=(10, 3.2))
+    left, middle, right = figure.subfigures(1, 3, width_ratios=[3.2, 3.6, 3.2])
+    axes = left.subplots(4, 4, gridspec_kw=dict(wspace=0.06, hspace=0.06, left=0.1, right=0.98, top=0.9, bottom=0.04))
+    for i, image in enumerate(pictures(8)):
+        row, column = 2 * (i // 4), i % 4
+        show(axes[row, column], image, "image" if column == 0 else "")
+        show(axes[row + 1, column], masked_picture(image, block_mask, i), "masked" if column == 0 else "")
+    left.suptitle("the encoder sees what is not masked", fontsize=10)
+    axis = middle.subplots(gridspec_kw=dict(left=0.18, right=0.97, top=0.9, bottom=0.17))
     draw_loss(axis, "runs/cae-v2-nano-demo")
-    axis.set_title("loss: distance to CLIP's latents", fontsize=10)
-    axis = figure.add_subplot(grid[:, 7])
+    axis.set_title("distance to CLIP's latents", fontsize=10)
+    axis = right.subplots(gridspec_kw=dict(left=0.14, right=0.98, top=0.9, bottom=0.17))
     for i, (label, (folder, colour)) in enumerate(RESULTS.items()):
         result = json.loads(Path(folder, "result.json").read_text())
         for k, top1 in enumerate((result["knn"][0]["top1"], result["top1"])):
             axis.bar(k + 0.28 * (i - 1), top1, 0.26, color=colour, label=label if k == 0 else None)
-            axis.text(k + 0.28 * (i - 1), top1 + 0.5, f"{top1:.0f}", ha="center", fontsize=8)
+            axis.text(k + 0.28 * (i - 1), top1 + 1, f"{top1:.0f}", ha="center", fontsize=8)
     axis.set_xticks([0, 1], ["kNN", "linear probe"])
-    axis.set_ylim(50, 100)
-    axis.set_title("frozen encoder, top-1 in %", fontsize=10)
-    axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=1)
+    axis.set_yticks(range(0, 101, 20))
+    axis.set_ylim(0, 132)
+    axis.set_title("top-1 of the frozen encoder, %", fontsize=10)
+    axis.legend(frameon=False, fontsize=9, loc="upper left", borderaxespad=0)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(output, dpi=110, bbox_inches="tight")
+    figure.savefig(output, dpi=110)
 
 
 def loss(run_dir, output):

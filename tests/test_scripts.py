@@ -1,7 +1,7 @@
 """train.py as its users run it: real processes on the demo data, alone and in two, killed and resumed."""
 
 from engine.arguments import parse
-from engine.errors import UserError
+from engine.errors import UserError, stop_workers
 
 import dataclasses
 import json
@@ -33,7 +33,10 @@ def run(run_dir, *flags, command=SHORT, **options):
 
 def run_here(run_dir, *flags, command=SHORT):
     """The same in this process, where a test is not about processes."""
-    train.train(parse(train.Args, [*command[1:], "--run-dir", str(run_dir), *map(str, flags)]))
+    try:
+        train.train(parse(train.Args, [*command[1:], "--run-dir", str(run_dir), *map(str, flags)]))
+    finally:
+        stop_workers()  # as the script does
 
 
 @pytest.fixture(scope="module")

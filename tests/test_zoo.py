@@ -185,7 +185,10 @@ def test_the_size_of_a_jpeg_is_read_from_its_header(options):
 class Rows:
     """In place of engine.sources.Source, for rows that no format could hold."""
 
-    image_column, classes = "image", None
+    name, patience, image_column, classes = "rows", 0, "image", None
+
+    def has(self, data):
+        return True
 
 
 def test_rows_of_any_kind_are_skipped():

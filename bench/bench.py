@@ -370,6 +370,7 @@ class OurTraining:
         with redirect_stderr(io.StringIO()):  # a terminal would get a bar
             next(self.steps)
         self.run.peers.close()  # Ctrl-C ends the benchmark
+        self.run.log_file.close()  # it tells nothing
 
     def step(self):
         for images, visible, masked in self.run.micro_batches():

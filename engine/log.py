@@ -110,7 +110,8 @@ class Log:
     def is_due(self):
         """Whether to tell() of the step just taken, for which the log has no line. (It knows its loss, the thread does
         not: in the last tenth of QUIET it goes first.)"""
-        return self.main and (self.is_first or time.perf_counter() - self.told > 0.9 * QUIET)
+        quiet = self.is_first or time.perf_counter() - self.told > 0.9 * QUIET
+        return self.main and quiet and not self.closed.is_set()
 
     def tell(self, loss):
         """Show the step just taken, in the terminal alone. loss: a number, or None if there is none."""

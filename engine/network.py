@@ -8,7 +8,6 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from functools import cache
 
 import fsspec
 from fsspec.spec import AbstractBufferedFile
@@ -38,25 +37,30 @@ class NetworkError(ConnectionError):
         self.after = after  # seconds that the server asked to be left alone
 
 
-@cache
+hub_answers = {}  # {address: why the Hub cannot be reached there, or None}, as hub_problem found out
+
+
 def hub_problem():
     """Why the Hub cannot be reached, None if it answers in any way. Asked at the start, three times in a few seconds.
     Without it all libraries are told so: they look into the cache, where they would go on asking for most of a
     minute."""
-    if hub_constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set"
+    address = hub_constants.ENDPOINT
+    if address in hub_answers or hub_constants.HF_HUB_OFFLINE:
+        return hub_answers.get(address, "HF_HUB_OFFLINE is set")
     for pause in HUB_PAUSES:
         time.sleep(pause)
         try:
-            get_session().head(hub_constants.ENDPOINT, timeout=HUB_SILENCE)
-            return None
+            get_session().head(address, timeout=HUB_SILENCE)
+            hub_answers[address] = None
+            break
         except (HTTPError, OSError) as error:
-            problem = f"{hub_constants.ENDPOINT} does not answer: {first_line(error)}"
-    hub_constants.HF_HUB_OFFLINE = True
-    os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported from now on
-    if "datasets" in sys.modules:
-        sys.modules["datasets"].config.HF_HUB_OFFLINE = True
-    return problem
+            hub_answers[address] = f"{address} does not answer: {first_line(error)}"
+    if hub_answers[address]:
+        hub_constants.HF_HUB_OFFLINE = True
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported from now on
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+    return hub_answers[address]
 
 
 @contextmanager

@@ -760,7 +760,7 @@ MISTAKES = [
     Mistake("a fraction of 1", "0 < data.val_fraction < 1", "0 < data.val_fraction <= 1", "tests/test_own_images.py::test_a_fraction_lies_between_0_and_1"),
     Mistake("an encoder that has seen the images is not told apart", "is_same and (args.get(\"val_fraction\") or 0) < data.val_fraction", "False", "tests/test_own_images.py::test_pretrained_probed_and_tuned_on_what_was_not_held_out"),
     Mistake("every encoder has seen the images", "is_same and (args.get(\"val_fraction\") or 0) < data.val_fraction", "is_same", "tests/test_own_images.py::test_pretrained_probed_and_tuned_on_what_was_not_held_out"),
-    Mistake("the Hub is asked again and again", "@cache\ndef hub_problem", "def hub_problem", "tests/test_own_images.py::test_without_the_hub_one_line_names_the_ways_out"),
+    Mistake("the Hub is asked again and again", "if address in hub_answers or hub_constants", "if hub_constants", "tests/test_own_images.py::test_a_hub_that_answers_late_is_there"),
     Mistake("libraries go on asking the Hub", "hub_constants.HF_HUB_OFFLINE = True", "pass", "tests/test_own_images.py::test_without_the_hub_one_line_names_the_ways_out"),
     Mistake("without the Hub no data set is a mistake", "if problem:\n        raise HubAwayError(f\"data set", "if False:\n        raise HubAwayError(f\"data set", "tests/test_own_images.py::test_without_the_hub_one_line_names_the_ways_out"),
     Mistake("without the Hub its cache is not looked into", "problem = None if local else hub_problem()  # its cache may do\n", "problem = None if local else hub_problem()\n    require(not problem, \"the Hub is away\")\n", "tests/test_own_images.py::test_what_lies_in_the_cache_needs_no_hub"),

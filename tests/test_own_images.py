@@ -278,14 +278,13 @@ def no_network(monkeypatch):
             asked.append((url, timeout))
             raise HTTPError("[Errno -2] Name or service not known")
 
-    network.hub_problem.cache_clear()
+    monkeypatch.setattr(network, "hub_answers", {})
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(network, "get_session", Session)
     monkeypatch.setattr(network, "HUB_PAUSES", (0, 0, 0))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    yield asked
-    network.hub_problem.cache_clear()
+    return asked
 
 
 def test_without_the_hub_one_line_names_the_ways_out(no_network, photos, tmp_path, monkeypatch, capsys):
@@ -324,17 +323,18 @@ def test_what_lies_in_the_cache_needs_no_hub(no_network, tmp_path, monkeypatch):
 
 
 def test_a_hub_that_answers_late_is_there(no_network, monkeypatch):
-    """The second time, and with an error of its own."""
+    """The second time, and with an error of its own; then it is not asked again."""
     from huggingface_hub import is_offline_mode
 
-    network = importlib.import_module("engine.network")
+    network, answers = importlib.import_module("engine.network"), []
     refuse = network.get_session().head
 
     def head(url, timeout):
-        return refuse(url, timeout) if not no_network else "503"
+        answers.append("503" if no_network else refuse(url, timeout))
 
     monkeypatch.setattr(network, "get_session", lambda: SimpleNamespace(head=head))
-    assert network.hub_problem() is None and not is_offline_mode() and len(no_network) == 1
+    assert network.hub_problem() is None and network.hub_problem() is None
+    assert len(no_network) == 1 and answers == ["503"] and not is_offline_mode()
 
 
 def test_where_released_weights_are_to_be_had():

@@ -258,9 +258,16 @@ def open_encoder(origin, seed, of_cae, of_transformers):
 
     name, size = origin.checkpoint, origin.random_init
     if name is None:
-        require(size in SIZES, f"--random-init {size} does not exist: {', '.join(SIZES)}")
+        if size in SIZES:
+            config = CAEConfig.from_size(size)
+        else:
+            require(Path(size).is_dir(), f"--random-init {size} does not exist: {', '.join(SIZES)}, or a run folder")
+            config = load_model(size).config
         torch.manual_seed(seed)
-        return of_cae(CAE(CAEConfig.from_size(size)))
+        return of_cae(CAE(config))
+    runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
+    require(not name.startswith("runs/") or Path(name).exists(),
+            f"--checkpoint {name} does not exist; in runs/ there is {', '.join(runs) or 'nothing'}")  # fmt: skip
     try:
         folder, config = transformers_config(name)
         return of_transformers(folder, config) if config else of_cae(load_model(name))

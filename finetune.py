@@ -64,8 +64,8 @@ class ModelArgs:
 
     checkpoint: Annotated[AutoStr, Mark.FREE] = None
     """Run folder; model/ folder; Hub id; released .pth; a BEiT folder, such as an earlier result of this script."""
-    random_init: Annotated[str | None, tyro.conf.arg(metavar="|".join(SIZES), help_behavior_hint="")] = None
-    """An untrained encoder of this size instead: training from scratch."""
+    random_init: Annotated[str | None, tyro.conf.arg(metavar="|".join([*SIZES, "RUN"]), help_behavior_hint="")] = None
+    """An untrained encoder of this size, or of a run folder's shape, instead: training from scratch."""
     size: Annotated[str | None, tyro.conf.arg(metavar="|".join(SIZES), help_behavior_hint="")] = None
     """Size that the checkpoint is to have. Default: whatever it has."""
     image_size: AutoInt = None
@@ -691,8 +691,11 @@ def finish(args, run, evaluations, about, skipped):
              for row in result["reference"]]  # fmt: skip
     width = max(34, *(len(name) + 2 for name, _, _ in rows))
     lines = [f"{name:{width}}{top1:8.1f}" + (f"{top5:8.1f}" if top5 is not None else "") for name, top1, top5 in rows]
-    run.print_result(["", f"{'fine-tuned':{width}}{'top-1':>8}{'top-5':>8}", *lines,
-                      f"best epoch: {result['best_epoch_top1']:.1f}, chosen on these images"], result)  # fmt: skip
+    lines = ["", f"{'fine-tuned':{width}}{'top-1':>8}{'top-5':>8}", *lines]
+    if not args.recipe.eval_only:
+        lines += [f"best epoch: top-1 {result['best_epoch_top1']:.1f}, chosen on these images",
+                  "", f'the classifier: transformers.pipeline("image-classification", "{run.folder / "model"}")']
+    run.print_result(lines, result)
 
 
 def push(folder, hub_id):
@@ -711,8 +714,8 @@ def push(folder, hub_id):
 def main():
     command, *flags = sys.argv[1:] or [""]
     if command in ("-h", "--help"):
-        print(f"{__doc__}\npython finetune.py classify --help explains every flag.")
-        return
+        print(__doc__)
+        command, flags = "classify", ["--help"]
 
     def work():
         require(command == "classify", f"finetune.py {command}: there is no such command; give classify")

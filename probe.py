@@ -81,8 +81,8 @@ class EncoderArgs:
 
     checkpoint: Annotated[AutoStr, Mark.FREE] = None
     """Run folder; model/ folder; Hub id; released .pth, also owner/name::path; transformers BEiT, CLIP, DINOv2, ..."""
-    random_init: Annotated[str | None, tyro.conf.arg(metavar="|".join(SIZES), help_behavior_hint="")] = None
-    """An untrained encoder of this size instead: the baseline."""
+    random_init: Annotated[str | None, tyro.conf.arg(metavar="|".join([*SIZES, "RUN"]), help_behavior_hint="")] = None
+    """An untrained encoder of this size, or of the shape of a run folder's, instead: the baseline."""
     image_size: AutoInt = None
     """Side of the square crop, in pixels. Default: the encoder's own."""
     crop_ratio: AutoFloat = None

@@ -99,7 +99,7 @@ class LabelArgs:
     val_split: AutoStr = None
     """Split to evaluate on. Default: the first that exists of validation, val, valid and test."""
     num_classes: AutoInt = None
-    """Number of classes. Default: read from the data; needed for tar shards only."""
+    """Number of classes. Default: read from the data; needed for streamed tar shards only."""
 
 
 @dataclass
@@ -211,7 +211,7 @@ def resolve_run(data, run, world, old, *, batch, effective, epochs, images=None)
     require(
         data.parts > 0 and data.parts % world == 0,
         f"--parts {data.parts}{' of the run that is resumed' if old.get('parts') == data.parts else ''} cannot be "
-        f"shared by {world} processes: use {' or '.join(fits) or 'a positive number'}",
+        f"shared by {world} processes: start {' or '.join(fits) or 'a positive number'}, or use another --run-dir",
     )
     asked, asked_batch, fitting = data.effective_batch_size, data.batch_size, fitting_batch(effective, images)
     wanted = asked or old.get("effective_batch_size") or fitting

@@ -220,7 +220,8 @@ class Run:
             note = f" ({data.batch_note})" if getattr(data, "batch_note", "") else ""
             print(f"{what}; {self.world} process{'es' * (self.world > 1)} x {data.batch_size} images x "
                   f"{self.accumulation} = {data.effective_batch_size} images a step{note}; {epochs}; "
-                  f"{'fp32' if self.precision == 'no' else self.precision} on {self.device}; {self.folder}",
+                  f"{'fp32' if self.precision == 'no' else self.precision} on "
+                  f"{'cpu' if self.device.type == 'cpu' else self.device}; {self.folder}",
                   flush=True)  # fmt: skip
 
     def prepare(self, model, *optimizers):

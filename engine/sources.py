@@ -169,9 +169,10 @@ def read_classes(args, data, column, features, num_classes=None):
     import datasets
 
     if column is None:
+        others = len(data.features) > 1
         raise UserError(
-            f"data set {args.dataset} has no labels: pass --label-column, or a folder of class subfolders; "
-            f"its columns are {', '.join(data.features)}"
+            f"data set {args.dataset} has no labels: {'pass --label-column, or ' if others else ''}give a folder of "
+            f"class subfolders; its columns are {', '.join(data.features)}"
         )
     feature = features[column]
     kind = getattr(feature, "dtype", "")

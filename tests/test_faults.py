@@ -484,7 +484,7 @@ def test_fewer_processes_continue_with_the_same_images_and_losses(tmp_path):
     args = parse(train.Args, [*FLAGS, "--run-dir", str(one), *more])
     args.data.batch_size = None
     assert train.resolve(args, 1).data.parts == 2 and train.resolve(args, 1).data.batch_size == 8
-    with pytest.raises(UserError, match="--parts 2 of the run that is resumed cannot be shared by 3 processes: use 1"):
+    with pytest.raises(UserError, match="--parts 2 of the run that is resumed cannot be shared by 3 processes: start"):
         train.resolve(args, 3)
 
 

@@ -15,12 +15,14 @@ from types import SimpleNamespace
 
 import datasets
 import pytest
+import torch
 from images import CLASSES, Numbers, noise_png, png, write_folder, write_parquet, write_squares, write_tars
 from launch import log_of, refused
 
 import finetune
 import probe
 import train
+from cae import CAE, CAEConfig
 from convert import load_model, load_official
 
 IMAGES = 60
@@ -260,6 +262,23 @@ def test_pretrained_probed_and_tuned_on_what_was_not_held_out(tmp_path, monkeypa
             assert result["images"] == held_out and result["val_split"] == "0.25 of train"
             assert ("has learned from the images that are held out here" in captured.err) == (folder == "all")
     assert result["classes"] == len(CLASSES)
+
+
+def test_an_untrained_encoder_of_the_shape_of_a_run(tmp_path, monkeypatch, capsys):
+    """The baseline of a run with patches of its own; and a run that is not there is not looked for on the Hub."""
+    CAE(CAEConfig.from_size("nano", image_size=16, patch_size=8)).save_pretrained(tmp_path / "runs" / "mine" / "model")
+    monkeypatch.chdir(tmp_path)
+    encoder = probe.load_encoder(probe.EncoderArgs(random_init="runs/mine"), seed=1)
+    assert (encoder.patch_size, encoder.image_size) == (8, 16)
+    trained, again = load_model("runs/mine").encoder, probe.load_encoder(probe.EncoderArgs(random_init="runs/mine"), 1)
+    weights = encoder.model.encoder.patch_embed.weight
+    assert not torch.equal(weights, trained.patch_embed.weight)
+    assert torch.equal(weights, again.model.encoder.patch_embed.weight)
+    common = ["knn", "--dataset", "demo"]
+    error = refused(monkeypatch, capsys, probe, *common, "--random-init", "mine", run_dir=tmp_path / "a")
+    assert "--random-init mine does not exist: nano, tiny, small, base, large, huge, or a run folder" in error
+    error = refused(monkeypatch, capsys, probe, *common, "--checkpoint", "runs/mien", run_dir=tmp_path / "a")
+    assert "--checkpoint runs/mien does not exist; in runs/ there is mine" in error
 
 
 # ------------------------------------------------------------------------------------------------- without the network

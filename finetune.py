@@ -19,6 +19,7 @@ from engine.arguments import (
     RunArgs,
     default_run_dir,
     fill,
+    fitting_batch,
     flat,
     parse,
     require_not_negative,
@@ -87,7 +88,8 @@ class RecipeArgs:
     """Optimisation and augmentation."""
 
     lr: AutoFloat = None
-    """Peak at an effective batch of 1024; scaled linearly to the one in use. Default: by method and size."""
+    """Peak at an effective batch of 1024; scaled linearly to the one in use. Default: by method and size; on data too
+    small for the recipe's batch so large that the peak is the recipe's."""
     layer_decay: AutoFloat = None
     """Factor on the learning rate from each block to the one below. Default: by method and size."""
     min_lr: float = 1e-6
@@ -204,7 +206,6 @@ def resolve(args, origin, world=1, images=None):
     require(model.image_size > 0 and model.image_size % config.patch_size == 0,
             f"--image-size {model.image_size} is not divisible by the patch of {config.patch_size} pixels")
     fill(model, "drop_path", 0.0 if nano or tiny else 0.2 if large else 0.1)
-    fill(recipe, "lr", lr)
     fill(recipe, "layer_decay", decay)
     fill(recipe, "label_smoothing", 0.0 if tiny else 0.1)
     fill(recipe, "mixup", 0.0 if nano else 0.2 if tiny else 0.8)
@@ -215,6 +216,10 @@ def resolve(args, origin, world=1, images=None):
     fill(recipe, "crop_ratio", 1.0 if model.image_size <= 64 else 0.875)
     effective, old = 32 if nano else 1024 if method == "cae-v2" else 4096, args_of_run(run)
     resolve_run(data, run, world, old, batch=128, effective=effective, epochs=float(epochs), images=images)
+    if fitting_batch(effective, images) < effective:
+        # A step of AdamW is as long as its rate, whatever the batch: scaled down, few small ones lead nowhere.
+        lr *= max(1.0, 1024 / data.effective_batch_size)
+    fill(recipe, "lr", lr)
     fill(recipe, "warmup_epochs", old.get("warmup_epochs"))  # that of the resumed run, also if it is to be longer now
     if run.epochs is not None:
         fill(recipe, "warmup_epochs", min(float(warmup), run.epochs / 10))

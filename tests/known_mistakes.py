@@ -692,7 +692,7 @@ MISTAKES = [
     Mistake("what has changed is never allowed", "if refused and not allowed:", "if refused:", "tests/test_faults.py::test_a_changed_recipe_is_shown_and_refused_unless_asked_for"),
     Mistake("a folder that cannot be written to", "        test = folder / f\".write_test_{os.getpid()}\"\n        test.touch()\n", "        test = folder / f\".write_test_{os.getpid()}\"\n", "tests/test_engine.py::test_a_folder_that_cannot_be_written_to_is_told"),
     Mistake("left-overs of the model stay", "for left in [*Path(run_dir).glob(\"*.tmp\"), *Path", "for left in [*Path", "tests/test_engine.py::test_left_overs_are_taken_away"),
-    Mistake("a random init depends on what ran before", "        torch.manual_seed(seed)\n        return of_cae(CAE(CAEConfig.from_size(size)))", "        return of_cae(CAE(CAEConfig.from_size(size)))", "tests/test_engine.py::test_a_random_encoder_is_that_of_its_seed"),
+    Mistake("a random init depends on what ran before", "        torch.manual_seed(seed)\n        return of_cae(CAE(config))", "        return of_cae(CAE(config))", "tests/test_engine.py::test_a_random_encoder_is_that_of_its_seed"),
     Mistake("pickles are read as they come", "load(file, map_location=\"cpu\", weights_only=True, mmap=True)", "load(file, map_location=\"cpu\", weights_only=False, mmap=True)", "tests/test_untrusted.py::test_a_checkpoint_with_a_payload_is_refused"),
     Mistake("some pickles are not checked", "if f.suffix in (\".bin\", \".pkl\", \".pt\")):", "if f.suffix in (\".bin\", \".pkl\")):", "tests/test_untrusted.py::test_a_checkpoint_with_a_payload_is_refused"),
     Mistake("pickles are checked after they were read", "    check_pickles(path)\n    try:\n        accelerator.load_state(str(path))", "    try:\n        accelerator.load_state(str(path))\n        check_pickles(path)", "tests/test_untrusted.py::test_a_checkpoint_with_a_payload_is_refused"),
@@ -773,4 +773,8 @@ MISTAKES = [
     Mistake("essentials that there are not", "--run-dir FOLDER            where the result goes", "--runs FOLDER            where the result goes", "tests/test_house.py::test_help_begins_with_the_essentials"),
     Mistake("--help | head ends in a traceback", "    except BrokenPipeError:  # of", "    except ZeroDivisionError:  # of", "tests/test_house.py::test_help_may_be_cut_off"),
     Mistake("a closed log tells the next step", "return self.main and quiet and not self.closed.is_set()", "return self.main and quiet", "tests/test_bench.py::test_every_row_is_reported"),
+    Mistake("fine-tuning creeps where data are few", "lr *= max(1.0, 1024 / data.effective_batch_size)", "pass", "tests/test_own_images.py::test_fine_tuning_keeps_its_peak_where_data_are_few"),
+    Mistake("a large batch slows fine-tuning down", "lr *= max(1.0, 1024 / data.effective_batch_size)", "lr *= 1024 / data.effective_batch_size", "tests/test_own_images.py::test_fine_tuning_keeps_its_peak_where_data_are_few"),
+    Mistake("--random-init of a run keeps its weights", "config = load_model(size).config\n        torch.manual_seed(seed)\n        return of_cae(CAE(config))", "return of_cae(load_model(size))\n        return of_cae(CAE(config))", "tests/test_own_images.py::test_an_untrained_encoder_of_the_shape_of_a_run"),
+    Mistake("a run that is not there is asked of the Hub", "require(not name.startswith(\"runs/\") or Path(name).exists(),", "require(True,", "tests/test_own_images.py::test_an_untrained_encoder_of_the_shape_of_a_run"),
 ]

@@ -170,6 +170,25 @@ def test_what_was_given_is_never_changed(tmp_path):
     assert resolved(tmp_path, images=20_000).data.batch_note == ""
 
 
+@pytest.mark.parametrize(("size", "flags", "images", "batch", "peak"), [
+    ("tiny", "", 8 * 1024, 1024, 4e-3),
+    ("tiny", "", 8 * 1024 - 1, 512, 4e-3),
+    ("tiny", "", 300, 32, 4e-3),
+    ("tiny", "--effective-batch-size 64", 300, 64, 4e-3),
+    ("tiny", "--effective-batch-size 2048", 300, 2048, 8e-3),
+    ("tiny", "--effective-batch-size 64", 8 * 1024, 64, 4e-3 / 16),
+    ("tiny", "--lr 4e-3", 300, 32, 4e-3 / 32),
+    ("nano", "", 300, 32, 4e-2 / 32),
+])  # fmt: skip
+def test_fine_tuning_keeps_its_peak_where_data_are_few(size, flags, images, batch, peak):
+    """Unless --lr is given, which is per 1024 images as ever."""
+    origin = finetune.of_cae(CAE(CAEConfig.from_size(size)), "here")
+    asked = parse(finetune.Classify, ["--checkpoint", "x", "--run-dir", "x", *flags.split()])
+    args = finetune.resolve(asked, origin, 1, images)
+    assert args.data.effective_batch_size == batch
+    assert args.recipe.lr * batch / 1024 == pytest.approx(peak)
+
+
 def begun(folder, **args):
     (folder / "run").mkdir()
     (folder / "run" / "config.json").write_text(json.dumps({"args": args, "model": {}}))

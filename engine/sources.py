@@ -171,8 +171,8 @@ def read_classes(args, data, column, features, num_classes=None):
     if column is None:
         others = len(data.features) > 1
         raise UserError(
-            f"data set {args.dataset} has no labels: {'pass --label-column, or ' if others else ''}give a folder of "
-            f"class subfolders; its columns are {', '.join(data.features)}"
+            f"data set {args.dataset} has no labels: {'pass --label-column, or ' if others else ''}give class "
+            f"subfolders, or a metadata.csv with file_name and label; its columns are {', '.join(data.features)}"
         )
     feature = features[column]
     kind = getattr(feature, "dtype", "")

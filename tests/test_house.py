@@ -1,11 +1,13 @@
 """The house: who may import whom, which flags there are, and that a wrong one is answered before any heavy import."""
 
+import engine.arguments
 from engine.arguments import parse
 
 import ast
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -121,6 +123,28 @@ def test_help_begins_with_the_essentials(command, capsys, monkeypatch):
     found = re.findall(r"(?m)^  (--[\w-]+)  *[A-Z0-9.]+  +\S", beginning)
     assert found[0] == ("--dataset" if script == "train.py" else "--checkpoint") and found[-1] == "--run-dir"
     assert len(found) == 7 and all(re.search(rf"{flag}\s", listed) for flag in found)
+
+
+def test_commands_of_the_documents_are_possible(monkeypatch):
+    """Each command line of README and docs has flags that there are. (Those of change_it.md are run.)"""
+    monkeypatch.setattr(engine.arguments, "local_path", lambda dataset: None)  # folders that there are not
+    found = set()
+    for path in {ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "change_it.md"}:
+        for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line.partition(" > ")[0], comments=True)
+                scripts = [word for word in words if word in ("train.py", "probe.py", "finetune.py", "convert.py")]
+                if not scripts or "change_it/" in line:
+                    continue
+                flags = words[words.index(scripts[0]) + 1 :]
+                command = " ".join([scripts[0], *flags[: scripts[0] in ("probe.py", "finetune.py")]])
+                flags = flags[1:] if command == "finetune.py classify" else flags
+                if command == "convert.py":
+                    tyro.cli(convert.Export, args=flags)
+                else:
+                    parse(COMMANDS[command][0], flags)
+                found.add(command)
+    assert found == set(COMMANDS)
 
 
 def test_help_may_be_cut_off():

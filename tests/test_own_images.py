@@ -17,7 +17,8 @@ import datasets
 import pytest
 import torch
 from images import CLASSES, Numbers, noise_png, png, write_folder, write_parquet, write_squares, write_tars
-from launch import log_of, refused
+from launch import ROOT, log_of, refused
+from PIL import Image as Pillow
 
 import finetune
 import probe
@@ -298,6 +299,16 @@ def test_an_untrained_encoder_of_the_shape_of_a_run(tmp_path, monkeypatch, capsy
     assert "--random-init mine does not exist: nano, tiny, small, base, large, huge, or a run folder" in error
     error = refused(monkeypatch, capsys, probe, *common, "--checkpoint", "runs/mien", run_dir=tmp_path / "a")
     assert "--checkpoint runs/mien does not exist; in runs/ there is mine" in error
+
+
+def test_readme_leads_from_a_jpeg_to_features(tmp_path, monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text()
+    code = re.search(r"## From a JPEG to features\n+```python\n(.*?)```", readme, re.S).group(1)
+    CAE(CAEConfig.from_size("nano", image_size=32, patch_size=8)).save_pretrained(tmp_path / "runs" / "mine" / "model")
+    Pillow.new("RGB", (90, 50), "red").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(code, {})
+    assert capsys.readouterr().out.endswith("torch.Size([1, 17, 96])\n")
 
 
 # ------------------------------------------------------------------------------------------------- without the network

@@ -265,9 +265,9 @@ def open_encoder(origin, seed, of_cae, of_transformers):
             config = load_model(size).config
         torch.manual_seed(seed)
         return of_cae(CAE(config))
-    runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
-    require(not name.startswith("runs/") or Path(name).exists(),
-            f"--checkpoint {name} does not exist; in runs/ there is {', '.join(runs) or 'nothing'}")  # fmt: skip
+    if name.startswith("runs/") and not Path(name).exists():  # no id of the Hub
+        runs = sorted(path.name for path in Path("runs").glob("*") if path.is_dir())
+        raise UserError(f"--checkpoint {name} does not exist; in runs/ there is {', '.join(runs) or 'nothing'}")
     try:
         folder, config = transformers_config(name)
         return of_transformers(folder, config) if config else of_cae(load_model(name))

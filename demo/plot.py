@@ -62,6 +62,7 @@ def show(axis, image, label=""):
 
 
 def draw_loss(axis, run_dir):
+    """The loss of a run and its parts; returns what could be its title."""
     lines = [json.loads(line) for line in (Path(run_dir) / "log.jsonl").read_text().splitlines()]
     args = json.loads((Path(run_dir) / "config.json").read_text())["args"]
     for name, label in NAMES.items():

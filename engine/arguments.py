@@ -215,11 +215,9 @@ def resolve_run(data, run, world, old, *, batch, effective, epochs, images=None)
     )
     asked, asked_batch, fitting = data.effective_batch_size, data.batch_size, fitting_batch(effective, images)
     wanted = asked or old.get("effective_batch_size") or fitting
-    kept = old.get("batch_size") or 0  # as long as it can be kept
-    if kept and wanted % (kept * data.parts) == 0:
-        fill(data, "batch_size", kept)
     default = max(1, min(batch, wanted // data.parts))
-    fill(data, "batch_size", default)
+    kept = old.get("batch_size") or default
+    fill(data, "batch_size", kept if wanted % (kept * data.parts) == 0 else default)
     together = data.batch_size * data.parts
 
     def nearest(size):

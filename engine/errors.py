@@ -54,6 +54,11 @@ def first_line(error):
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+def speaks_for_others():
+    """Whether this is the process of its machine that says what all of them would."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def command_line(work):
     """Call work(): exit code 2 for what the user gave, 1 for a run that failed, 130 for Ctrl-C before the steps of a
     run, which answer it by themselves."""
@@ -62,14 +67,14 @@ def command_line(work):
             work()
     except (UserError, RunError) as error:
         seen_alone = (BadFilesError, ServerGoneError, LoadingError, PeerError)
-        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, seen_alone):
+        if speaks_for_others() or isinstance(error, seen_alone):
             print(f"error: {error}", file=sys.stderr, flush=True)
         if isinstance(error, PeerError):
             stop_workers()
             os._exit(1)  # a proper end would wait for the dead
         sys.exit(1 if isinstance(error, RunError) else 2)
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if speaks_for_others():
             print("\n" * sys.stderr.isatty() + "interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     finally:

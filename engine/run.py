@@ -13,7 +13,7 @@ from engine.checkpoints import (
     write_config,
     write_model_folder,
 )
-from engine.errors import STOP_SIGNALS, RunError, UserError, first_line, require
+from engine.errors import STOP_SIGNALS, RunError, UserError, first_line, require, speaks_for_others
 from engine.files import write_text
 from engine.images import to_device
 from engine.log import Log, Status
@@ -217,7 +217,7 @@ class Run:
             data, epochs = self.args.data, "evaluation only"
             if length:
                 epochs = f"{length.steps} steps, {round(length.epochs, 1) if length.epochs else '?'} epochs"
-            note = f" ({data.batch_note})" if getattr(data, "batch_note", "") else ""
+            note = f" ({data.batch_note})" if data.batch_note else ""
             print(f"{what}; {self.world} process{'es' * (self.world > 1)} x {data.batch_size} images x "
                   f"{self.accumulation} = {data.effective_batch_size} images a step{note}; {epochs}; "
                   f"{'fp32' if self.precision == 'no' else self.precision} on "
@@ -671,7 +671,7 @@ class Peers:
         self.signal = name
         if number == signal.SIGINT:  # a terminal sends it to all processes: one answers
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-            if os.environ.get("LOCAL_RANK", "0") == "0":
+            if speaks_for_others():
                 answer("stopping after this step; again to end now")
         elif not answered:
             answer(f"{name}: stopping after this step")

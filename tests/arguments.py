@@ -19,9 +19,14 @@ def groups(command):
     return {group.name: group.default_factory for group in dataclasses.fields(command)}
 
 
+def flags_of(group):
+    """The fields of a group that are flags."""
+    return [field for field in dataclasses.fields(group) if field.init]
+
+
 def flags(command):
-    """Names of all fields that are flags."""
-    return {field.name for group in groups(command).values() for field in dataclasses.fields(group) if field.init}
+    """Names of all flags."""
+    return {field.name for group in groups(command).values() for field in flags_of(group)}
 
 
 def assert_used(commands, script, elsewhere=()):
@@ -35,7 +40,7 @@ def assert_used(commands, script, elsewhere=()):
     names = "args|asked|data|model|target|recipe|run|choice|probe|head_args|labels|encoder"
     for command in commands:
         for group in groups(command).values():
-            for field in (field for field in dataclasses.fields(group) if field.init):
+            for field in flags_of(group):
                 read = re.search(rf"\b({names})\.{field.name}\b", source)
                 assert read or field.name in elsewhere, field.name
 
@@ -49,7 +54,7 @@ def assert_documented(command, help_text):
             (body,) = (node.body for node in ast.parse(getsource(kind)).body)
             pairs = pairwise(body)
             documented |= {a.target.id for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
-        for field in (field for field in dataclasses.fields(group) if field.init):
+        for field in flags_of(group):
             assert f"--{field.name.replace('_', '-')}" in help_text
             assert field.name in documented, field.name
     assert "None" not in help_text, "what None stands for is said in words"

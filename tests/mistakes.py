@@ -39,15 +39,13 @@ def place_of(mistake, texts):
 
 def import_libraries(folder):
     """Once for all: a child that forks from here has no need to."""
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONDONTWRITEBYTECODE": "1",
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1",
                    "HF_HOME": str(folder), "HF_HUB_OFFLINE": "1"}  # fmt: skip
-    import accelerate  # noqa: F401
-    import datasets  # noqa: F401
+    import warm
+
+    warm.import_libraries()
     import pytest  # noqa: F401
     import torch
-    import torchvision.transforms.v2  # noqa: F401
-    import tyro  # noqa: F401
-    from transformers import BeitForImageClassification, CLIPVisionModelWithProjection  # noqa: F401
 
     torch.set_num_threads(1)
 

@@ -3,9 +3,19 @@
     python convert.py --checkpoint runs/cae-v2-base --to beit --output runs/beit
 """
 
-from engine.errors import BAD_PICKLE, RunError, UserError, command_line, first_line, require
+from engine.arguments import require_possible
+from engine.errors import (
+    BAD_PICKLE,
+    RunError,
+    UserError,
+    command_line,
+    first_line,
+    printable,
+    require,
+    temporary_folders,
+)
 from engine.files import publish
-from engine.network import hub_problem
+from engine.network import from_hub, hub_problem
 
 import argparse
 import copy
@@ -122,9 +132,10 @@ def load_official(path_or_state_dict, **overrides):
     loaded = {names[name]: released[name].reshape(state[names[name]].shape) for name in expected}
     model.load_state_dict({**state, **loaded})
     if assumed:
-        logger.warning("%s: assumed %s; pass them as keywords if they are others", source, ", ".join(assumed))
+        said = ", ".join(assumed)
+        logger.warning("%s: assumed %s; pass them as keywords if they are others", printable(source), said)
     if fresh:
-        logger.warning("%s has no %s: freshly initialised", source, " and no ".join(fresh))
+        logger.warning("%s has no %s: freshly initialised", printable(source), " and no ".join(fresh))
     return model.eval()
 
 
@@ -135,7 +146,7 @@ def _read_official(source):
         if "::" in path:
             problem = hub_problem()
             try:
-                path = hf_hub_download(*path.split("::", 1))
+                path = from_hub(lambda: hf_hub_download(*str(source).split("::", 1)), source)
             except (HfHubHTTPError, OSError, ValueError) as error:
                 raise FileNotFoundError(f"{source} cannot be had from the Hub: {problem or error}") from error
         if not Path(path).is_file():
@@ -183,7 +194,7 @@ def _config_of(released, source, overrides):
     read |= {"dim": dim, "patch_size": patch_size, "depth": depth("encoder.blocks.")}
     guessed = {"heads": table.get("heads", max(dim // 64, 1))}
     if table and table["depth"] != read["depth"]:  # LW-DETR's encoders are cut short, a damaged file may be too
-        logger.warning("%s has %d encoder blocks, %s has %d", source, read["depth"], size, table["depth"])
+        logger.warning("%s has %d encoder blocks, %s has %d", printable(source), read["depth"], size, table["depth"])
     if "encoder.pos_embed" in released:
         read["image_size"] = math.isqrt(max(released["encoder.pos_embed"].shape[1] - 1, 0)) * patch_size
     else:
@@ -228,7 +239,7 @@ def load_model(checkpoint):
             raise FileNotFoundError(f"{name} does not exist: give {accepted}; {WHERE_RELEASED}")
         problem = hub_problem()  # its cache may do
         try:
-            path, config = name, hf_hub_download(name, "config.json")
+            path, config = name, from_hub(lambda: hf_hub_download(name, "config.json"), name)
         except (HfHubHTTPError, OSError, ValueError) as error:
             reason = problem or textwrap.shorten(str(error), 200)
             raise FileNotFoundError(f"{name} is no file or folder, nor to be had from the Hub: {reason}") from error
@@ -243,7 +254,7 @@ def load_model(checkpoint):
         raise ValueError(f"{name} is no CAE: its config.json names no method; give {accepted}")
     try:
         with redirect_stdout(io.StringIO()):  # huggingface_hub prints
-            return CAE.from_pretrained(path)  # in eval mode
+            return from_hub(lambda: CAE.from_pretrained(path), name)  # in eval mode
     except (pickle.UnpicklingError, EOFError) as error:  # of the Hub, where no model.safetensors is
         raise ValueError(f"{name} cannot be loaded: {BAD_PICKLE}") from error
     except (OSError, ValueError, TypeError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
@@ -650,6 +661,7 @@ def export(args):
         aside = tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent)
     except OSError as error:
         raise OSError(f"--output {args.output} cannot be written: {error.strerror}") from error
+    temporary_folders.add(aside.name)
     with aside:
         folder = Path(aside.name) / output.name
         folder.mkdir()
@@ -667,7 +679,7 @@ def export(args):
         message = f"not read back, which needs pip install {'timm' if args.to == 'timm' else 'onnxruntime'}"
     if args.to == "timm":
         message += f'; load it with timm.create_model("local-dir:{args.output}", pretrained=True)'
-    print(f"wrote {args.output}, {wrote}: {message}")
+    print(printable(f"wrote {args.output}, {wrote}: {message}"))
 
 
 def main():
@@ -676,6 +688,7 @@ def main():
     args = tyro.cli(Export)
 
     def work():
+        require_possible(vars(args))
         try:
             export(args)
         except (ValueError, OSError, ImportError) as error:

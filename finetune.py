@@ -28,7 +28,7 @@ from engine.arguments import (
     resolve_run,
 )
 from engine.checkpoints import args_of_run, fingerprint, write_config, write_model_folder
-from engine.errors import RunError, command_line, first_line, require
+from engine.errors import RunError, command_line, first_line, markdown, printable, require
 from engine.evaluation import PUBLISHED, accuracy, evaluation_batches, warn_if_seen
 from engine.files import write_text
 from engine.frozen import load_pretrained
@@ -521,7 +521,7 @@ def classify(asked):
             if run.is_main and is_best:
                 problem = write_model_folder(run.folder / "best", partial(write_model, step=line["step"]))
                 if problem:
-                    print(f"warning: {run.folder / 'best'} could not be written: {problem}", file=sys.stderr)
+                    print(printable(f"warning: {run.folder / 'best'} could not be written: {problem}"), file=sys.stderr)
             return {"top1": tops[0], "top5": tops[1]}
 
         peak = recipe.lr * data.effective_batch_size / 1024
@@ -626,18 +626,18 @@ def model_card(args, about, step, evaluation):
     if evaluation:
         top1, top5 = evaluation["accuracy"]
         accuracy = (f"top-1 {top1:.2f} %, top-5 {top5:.2f} % on the {evaluation['images']} images of split "
-                    f"`{args.labels.val_split}`")  # fmt: skip
+                    f"{markdown(args.labels.val_split)}")  # fmt: skip
     values = {**flat(args), "steps done": step}
-    lines = "\n".join(f"| {name} | {value} |" for name, value in values.items())
+    lines = "\n".join(f"| {name} | {markdown(value)} |" for name, value in values.items())
     return ModelCard(f"""---
 {header.to_yaml()}
 ---
 
 # Image classifier, fine-tuned from a context autoencoder
 
-A `BeitForImageClassification` of transformers: {about['origin']} (method {about['method']}, size {about['size']}),
-fine-tuned end to end on `{data.dataset}`, split `{data.split}`, {about['classes']} classes, at {args.model.image_size}
-pixels.
+A `BeitForImageClassification` of transformers: {markdown(about['origin'])} (method {markdown(about['method'])}, size
+{about['size']}), fine-tuned end to end on {markdown(data.dataset)}, split {markdown(data.split)}, {about['classes']}
+classes, at {args.model.image_size} pixels.
 
 Accuracy: {accuracy}.
 

@@ -579,7 +579,7 @@ class CachedStream:
         while size:
             epoch, first = divmod(self.taken, len(self.labels))
             if epoch != self.epoch or self.order is None:
-                self.epoch, self.order = epoch, torch.tensor(permutation(len(self.labels), self.seed, epoch, self.part))
+                self.epoch, self.order = epoch, permutation(len(self.labels), self.seed, epoch, self.part).long()
             piece = self.order[first : first + size]
             rows.append(piece)
             size, self.taken = size - len(piece), self.taken + len(piece)
@@ -829,6 +829,7 @@ def evaluate_encoder(asked):
                 require(not any((run.folder / name).exists() for name in names),
                         f"run folder {run.folder} holds a run of another kind: pass another --run-dir")
                 make_run_dir(run.folder)
+                run.lock_folder()
         if run.is_main:
             warn_if_seen(args.encoder.checkpoint, args.data)
         description = {name: getattr(encoder, name) for name in ("kind", "dim", "patch_size")}

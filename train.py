@@ -29,8 +29,8 @@ from engine.arguments import (
     world_size,
 )
 from engine.checkpoints import args_of_run
-from engine.errors import HubAwayError, UserError, command_line, first_line, require
-from engine.frozen import load_frozen, load_pretrained
+from engine.errors import HubAwayError, UserError, command_line, first_line, printable, require
+from engine.frozen import compiled_if_possible, load_frozen, load_pretrained
 from engine.images import ColorJitter, crop_and_flip, normalize, resize
 from engine.run import Run, length_of_run
 from engine.sources import open_source
@@ -67,7 +67,7 @@ from cae import (
 #     demo_folder      the same with --dataset demo; None: not with the demo
 #     target_dim       C, or the number of codes
 #     patch_pixels     side of a patch in what the teacher sees
-#     compile_network  for --compile
+#     compile_network  for torch.compile
 
 
 class CLIPTeacher(nn.Module):
@@ -251,6 +251,8 @@ class TargetArgs:
     """clip (cae-v2); DALL-E's codes or pixels (cae). Default: clip; dalle, with the demo pixels."""
     teacher: AutoStr = None
     """Hub id or folder. Default: openai/clip-vit-base-patch16 (demo/clip_teacher), facebook/flava-image-codebook."""
+    compile_teacher: Annotated[bool, Mark.FREE] = True
+    """On a GPU, compile the frozen teacher. (--compile compiles it on any device, and the model too.)"""
     normalize_pixels: bool = False
     """Pixels: normalise every patch by its own mean and variance, as MAE does."""
     supervise: Literal["visible", "masked", "both"] = "both"
@@ -442,6 +444,9 @@ def train(asked):
         if args.run.compile:
             model.compile(fullgraph=True)
             teacher.compile_network()
+        elif args.target.compile_teacher and run.device.type == "cuda":
+            batch_shape = args.data.batch_size, 3, config.image_size, config.image_size
+            teacher = compiled_if_possible(teacher, batch_shape, run.device)
         millions = sum(p.numel() for p in model.parameters()) / 1e6
         seen = teacher.patch_pixels * config.grid[0]
         seen = f" ({seen} for the teacher)" if args.target.teacher else ""
@@ -485,7 +490,7 @@ def train(asked):
             run.update(optimizer, clip_grad=recipe.clip_grad)
 
         if run.is_main:
-            print(f"done: {run.folder / 'model'} holds the model, {run.folder / 'log.jsonl'} the log")
+            print(printable(f"done: {run.folder / 'model'} holds the model, {run.folder / 'log.jsonl'} the log"))
         run.end()
 
 

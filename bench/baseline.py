@@ -10,7 +10,7 @@ gradients from the same weights. Parameters are named as ours, but for q, k and 
 """
 
 from engine.arguments import DEMO
-from engine.images import normalize
+from engine.images import decode, normalize, view_of_part
 
 import copy
 import io
@@ -81,6 +81,22 @@ class PlainView:
         return self.transform(image), torch.from_numpy(self.mask().flatten())
 
 
+class TimmView(PlainView):
+    """As timm's loader does it: its transform of Pillow images, uint8 until they are on the device."""
+
+    def __init__(self, args, config):
+        from timm.data import create_transform
+
+        super().__init__(args, config)
+        self.transform = create_transform(
+            config.image_size, is_training=True, use_prefetcher=True, scale=args.recipe.crop_scale,
+            interpolation="bicubic", hflip=args.recipe.flip, color_jitter=args.recipe.color_jitter or None,
+        )  # fmt: skip
+
+    def __call__(self, image):
+        return self.transform(image), torch.from_numpy(self.mask().flatten())
+
+
 class ReleasedView(PlainView):
     """As the released code does it: the whole image is jittered and flipped, then cropped; the crop is normalised, and
     for DALL-E's tokenizer made a second time, at half the size with Lanczos."""
@@ -111,6 +127,22 @@ def plain_batches(folder, view, batch_size, workers):
     for batches in itertools.repeat(loader):
         for (pixels, masks), _ in batches:
             yield pixels, masks
+
+
+class SameView(torch.utils.data.Dataset):
+    """The files of a folder of class subfolders again and again, with the decoder and the view of ours."""
+
+    def __init__(self, folder, view):
+        self.files, self.view = [path for path, _ in ImageFolder(folder).samples], view
+
+    def __getitem__(self, i):
+        data = Path(self.files[i % len(self.files)]).read_bytes()
+        return view_of_part(self.view, data, i) or self.view(decode(data), i)
+
+
+def same_view_batches(folder, view, batch_size, workers):
+    """What Stream gives, by a plain DataLoader that keeps no place and skips no bad file."""
+    return iter(DataLoader(SameView(folder, view), batch_size, sampler=itertools.count(), num_workers=workers))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python bench/bench.py --method cae                CAE, also the cost of its alignment and decoder
     python bench/bench.py --device cuda               CAE v2-B, batch 256, bf16
     python bench/bench.py --only masks decode data    these rows alone
+    python bench/bench.py --only scale                data sets of a million images and more: see scale.py
 
 The baseline (baseline.py) does what straightforward public code does. Before anything is measured it is shown to give
 the same losses and gradients from the same weights. The step that is measured is the one that train.py takes: Run's.
@@ -23,12 +24,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the project's files are
 
-from engine.arguments import cores_per_process
+from engine.arguments import DataArgs, cores_per_process
 from engine.errors import UserError, first_line
-from engine.images import decode, normalize
+from engine.images import decode, normalize, turbojpeg
 from engine.run import Length, Run, attention_for
-from engine.sources import Source
-from engine.stream import load_chunk
+from engine.sources import Source, open_source
+from engine.stream import Stream, load_chunk
 
 import argparse
 import copy
@@ -45,6 +46,7 @@ import statistics
 import subprocess
 import tempfile
 import time
+import unittest.mock
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 
@@ -57,10 +59,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
+from bench import scale
 from bench.baseline import (
     PlainTraining,
     PlainView,
     ReleasedView,
+    TimmView,
     boolean,
     check_equal,
     plain_adamw,
@@ -70,6 +74,7 @@ from bench.baseline import (
     plain_teacher,
     plain_twin,
     plain_update,
+    same_view_batches,
 )
 from cae import CAE, IMAGENET_MEAN, IMAGENET_STD, SIZES, block_mask
 
@@ -120,16 +125,22 @@ class Memory:
         self.bytes = (torch.cuda.max_memory_allocated() if self.cuda else resident("VmHWM")) - self.before
 
 
+def processor_seconds():
+    """Of this process, and of those that it has started and that have ended."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
 def seconds_of(work, device, calls=1):
     """Seconds of one call, and processor seconds of all threads in it. On CUDA by device events, with several calls
     after each other without a wait; the processor's are then what it takes to start them."""
-    processor, start = time.process_time(), time.perf_counter()
+    processor, start = processor_seconds(), time.perf_counter()
     if device.type == "cuda":
         events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
         events[0].record()
     for _ in range(calls):
         work()
-    seconds, processor = time.perf_counter() - start, time.process_time() - processor
+    seconds, processor = time.perf_counter() - start, processor_seconds() - processor
     if device.type == "cuda":
         events[1].record()
         events[1].synchronize()
@@ -304,7 +315,7 @@ class Bench:
 
     def our_teacher(self, dtype):
         teacher = copy.deepcopy(self.teacher).to(dtype)
-        if self.compile:
+        if self.compile or self.device.type == "cuda":  # train.py's default there
             teacher.compile_network()
         return teacher
 
@@ -404,6 +415,7 @@ def plain_step(bench, dtype):
 # The rows of the data, on one core of the host: Bench -> measurement.
 
 CPU = torch.device("cpu")
+SMALL_CROPS = (0.08, 1.0)  # areas in the recipe of CAE and in most others
 
 
 def masks_row(bench, images=64):
@@ -442,19 +454,60 @@ def transform_row(bench):
     return measure(bench, lambda: ours, lambda: plain, len(tensors), flops=False, device=CPU)
 
 
-def data_row(bench, plain_kind=PlainView):
-    """Bytes to what a loading process hands on: uint8 and indices; the baseline's floats and boolean masks. (What the
-    released code does there beyond, we do on the device, within `step`.)"""
-    view, plain_view = train.Crops(bench.args, bench.config), plain_kind(bench.args, bench.config)
+def loading(bench, args):
+    """A function that does what a loading process does for all JPEGs: bytes to uint8 and indices."""
     source = Source(None, "image", None, len(bench.jpegs), "noise")
     rows = [(0, number, {"image": {"bytes": data}}) for number, data in enumerate(bench.jpegs)]
+    return partial(load_chunk, source, train.Crops(args, bench.config), 0, rows)
+
+
+def with_crops(bench, crop_scale):
+    """The arguments with crops of this area, or of the recipe's."""
+    args = copy.deepcopy(bench.args)
+    args.recipe.crop_scale = crop_scale or args.recipe.crop_scale
+    return args
+
+
+def data_row(bench, plain_kind=PlainView, crop_scale=None):
+    """Bytes to what a loading process hands on; the baseline's boolean masks and, but for timm, floats. (What the
+    released code does there beyond, we do on the device, within `step`.)"""
+    args = with_crops(bench, crop_scale)
+    plain_view = plain_kind(args, bench.config)
 
     def plain():
         images, masks = zip(*[plain_view(plain_decode(data)) for data in bench.jpegs], strict=True)
         return torch.stack(images), torch.stack(masks)
 
-    ours = partial(load_chunk, source, view, 0, rows)
-    return measure(bench, lambda: ours, lambda: plain, len(rows), flops=False, device=CPU)
+    return measure(bench, lambda: loading(bench, args), lambda: plain, len(bench.jpegs), flops=False, device=CPU)
+
+
+def crop_row(bench, crop_scale=None):
+    """The same beside itself with whole images decoded: what TurboJPEG brings."""
+    ours = loading(bench, with_crops(bench, crop_scale))
+
+    def plain():
+        with unittest.mock.patch("engine.images.turbojpeg", lambda: None):
+            ours()
+
+    return measure(bench, lambda: ours, lambda: plain, len(bench.jpegs), flops=False, device=CPU)
+
+
+def stream_row(bench, batches=12):
+    """Stream on a folder with one loading process, from its start, beside a plain DataLoader that does the same."""
+    files, view = write_files(bench, max(64, len(bench.jpegs))), train.Crops(bench.args, bench.config)
+    data = DataArgs(dataset=str(files), workers=1, batch_size=bench.batch)
+    source = open_source(data)
+
+    def ours():
+        stream = Stream(source, view, data, 0)
+        for _ in range(batches):
+            next(stream)
+
+    def plain():
+        for _ in itertools.islice(same_view_batches(files, view, bench.batch, 1), batches):
+            pass
+
+    return measure(bench, lambda: ours, lambda: plain, batches * bench.batch, flops=False, device=CPU)
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -564,15 +617,21 @@ def step_row(bench, dtype=None):
                    bench.batch, dtype=dtype)  # fmt: skip
 
 
+def write_files(bench, count):
+    """A folder of class subfolders with so many JPEGs."""
+    files = bench.folder / f"{count}-files"
+    for number in range(count):
+        file = files / f"class{number % 2}" / f"{number:05d}.jpg"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(bench.jpegs[number % len(bench.jpegs)])
+    return files
+
+
 def train_row(bench, lines=10, left_out=3):
     """train.py as a process of its own on JPEGs on disk, by the rates in its log; the first lines are left out. The
     baseline is a loop over a DataLoader with as many loading processes."""
     every, args = 10 if bench.device.type == "cuda" else 1, bench.args
-    files = bench.folder / "data"
-    for number in range(max(bench.batch, min(lines * every * bench.batch, 4096))):
-        file = files / f"class{number % 2}" / f"{number:05d}.jpg"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(bench.jpegs[number % len(bench.jpegs)])
+    files = write_files(bench, max(bench.batch, min(lines * every * bench.batch, 4096)))
     command = {
         "dataset": files, "run-dir": bench.folder / "run", "size": args.model.size, "method": args.model.method,
         "image-size": args.model.image_size, "supervise": args.target.supervise, "target": args.target.target,
@@ -645,7 +704,8 @@ def cost_row(bench):
 # ----------------------------------------------------------------------------------------------------------------
 # The command.
 
-DATA_ROWS = ("masks", "decode", "transform", "data", "data-released")
+DATA_ROWS = ("masks", "decode", "transform", "data", "data-timm", "data-released", "small", "small-timm",
+             "small-released", "crop", "small-crop", "stream")  # fmt: skip
 ROWS = (*DATA_ROWS, "teacher", "encoder", "regressor", "alignment", "optimizer", "step", "teacher-bf16", "step-bf16",
         "train", "cost")  # fmt: skip
 COLUMNS = (("ms", "ms", ".2f"), ("images_per_second", "images/s", ".1f"), ("gflop_per_image", "GFLOP/image", ".2f"),
@@ -684,8 +744,8 @@ def parse():
     parser.add_argument("--images", type=int, default=64, help="different JPEGs")
     parser.add_argument("--repeats", type=int, default=3, help="of each row, at least")
     parser.add_argument("--seconds", type=float, default=2.0, help="of each row, at least")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW",
-                        help=f"of {', '.join(ROWS)}; default: all that apply")  # fmt: skip
+    parser.add_argument("--only", nargs="+", choices=(*ROWS, "scale"), metavar="ROW",
+                        help=f"of {', '.join(ROWS)}, default: all that apply; or scale")  # fmt: skip
     flags = parser.parse_args()
     cuda = flags.device == "cuda"
     for name, value in dict(size="base" if cuda else "small", batch_size=256 if cuda else 8,
@@ -701,8 +761,13 @@ def parse():
 
 def rows_of(bench, flags):
     """{name: measurement} of what was asked for and applies."""
-    rows = {"masks": masks_row, "decode": decode_row, "transform": transform_row, "data": data_row}
-    rows["data-released"] = partial(data_row, plain_kind=ReleasedView)
+    rows = {"masks": masks_row, "decode": decode_row, "transform": transform_row}
+    for name, areas in (("data", None), ("small", SMALL_CROPS)):
+        for suffix, plain_kind in (("", PlainView), ("-timm", TimmView), ("-released", ReleasedView)):
+            rows[name + suffix] = partial(data_row, plain_kind=plain_kind, crop_scale=areas)
+    if turbojpeg():
+        rows |= {"crop": crop_row, "small-crop": partial(crop_row, crop_scale=SMALL_CROPS)}
+    rows["stream"] = stream_row
     rows |= {"teacher": teacher_row, "encoder": encoder_row, "regressor": regressor_row}
     if flags.method == "cae":
         rows["alignment"] = alignment_row
@@ -725,7 +790,7 @@ def line_of(name, row):
     cells += [f"{plain['memory_mb']:.0f}" if "memory_mb" in plain else "", f"{row['ratio']:.2f}"]
     cells += [f"{row['spread']:.0%}" if "spread" in row else ""]
     cells += [f"{row['cpu_ratio']:.2f}" if "cpu_ratio" in row else ""]
-    return name.ljust(13) + aligned(cells)
+    return name.ljust(15) + aligned(cells)
 
 
 def aligned(cells):
@@ -734,6 +799,11 @@ def aligned(cells):
 
 def main():
     flags, start = parse(), time.perf_counter()
+    if "scale" in (flags.only or ()):
+        found = scale.measure_all()
+        print(json.dumps({"device_name": device_name(torch.device("cpu")), "seconds": time.perf_counter() - start,
+                          "scale": found}))  # fmt: skip
+        sys.exit(any("error" in row for row in found.values()))
     if flags.device == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"  # also for train.py
     check_flops()
@@ -749,16 +819,17 @@ def main():
         result = {
             **vars(flags), "target": bench.args.target.target, "image_size": config.image_size,
             "device_name": device_name(bench.device), "threads": bench.threads, "torch": torch.__version__,
-            "cpu_bf16": cpu_bf16(),
+            "cpu_bf16": cpu_bf16(), "turbojpeg": turbojpeg() is not None,
             "masked": bench.num_masked, "patches": config.num_patches, "loading_processes": bench.args.data.workers,
             "jpeg_kb": statistics.mean(map(len, bench.jpegs)) / 1000, "jpegs": flags.images, "rows": rows,
         }  # fmt: skip
         print(f"{config.method} {flags.size}, {bench.num_masked} of {config.num_patches} patches masked, batch "
               f"{bench.batch}, {flags.dtype}, target {result['target']}; {result['device_name']}, {bench.threads} "
               f"threads, torch {torch.__version__}; CPU instructions for bf16: {', '.join(cpu_bf16()) or 'none'}\n"
-              f"{', '.join(DATA_ROWS)}: on one core, JPEGs of {result['jpeg_kb']:.0f} kB")  # fmt: skip
+              f"rows of the data: on one core, JPEGs of {result['jpeg_kb']:.0f} kB; parts of JPEGs are decoded alone: "
+              f"{'yes' if turbojpeg() else 'no, without libjpeg-turbo 3'}")  # fmt: skip
         titles = [*(title for _, title, _ in COLUMNS), "baseline ms", "images/s", "MB", "ratio", "spread", "cpu ratio"]
-        print(13 * " " + aligned(titles), flush=True)
+        print(15 * " " + aligned(titles), flush=True)
         wanted = rows_of(bench, flags)
         if not wanted:
             print(f"error: --only {' '.join(flags.only)}: no such row with this method, device and dtype",
@@ -771,7 +842,7 @@ def main():
                 row = work(bench)
             except Exception as error:  # out of memory, say: the other rows are worth having
                 rows[name] = {"error": f"{type(error).__name__}: {first_line(error)}"}
-                print(f"{name:13}{rows[name]['error']}", flush=True)
+                print(f"{name:15}{rows[name]['error']}", flush=True)
                 free_memory()
                 continue
             if name == "cost":

@@ -9,8 +9,10 @@ import dataclasses
 import enum
 import gc
 import inspect
+import math
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 
 
@@ -70,7 +73,7 @@ class ImagesArgs:
     batch_size: Annotated[AutoInt, Mark.DATA] = None
     """Images per process and forward pass. Default: 256, or the effective batch size's share if that is less."""
     workers: Annotated[AutoInt, Mark.FREE] = None
-    """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 8."""
+    """Data loading processes per training process; 0 loads in the training process. Default: one a core, at most 32."""
     patience: Annotated[float, Mark.FREE] = 30.0
     """Minutes that a data server may stay away before the run ends, with a checkpoint."""
 
@@ -152,13 +155,39 @@ def parse(kind, argv=None, **options):
         first = tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), **options)
         default = type(first)()
         default.data.streaming = local_path(first.data.dataset) is None or first.data.dataset == "demo"
-        return tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
+        args = tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
+        require_possible(flat(args))
+        return args
     except BrokenPipeError:  # of --help | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         raise SystemExit(0) from None
     except SystemExit:  # --help, or a wrong flag
         gc.freeze()  # the end would look through all of torch for cycles, for a fifth of the time of an answer
         raise
+
+
+DECADE = 5_256_000  # minutes: what torch adds to its clock does not overflow
+LARGEST = {"seed": 2**63 - 1, "patience": DECADE, "timeout": DECADE, "workers": 1024, "parts": 2**16,
+           "batch_size": 2**20, "image_size": 2**14, "num_classes": 10**7}  # fmt: skip
+
+
+def require_possible(values):
+    """{flag name: value}: numbers that nobody can mean, and a run folder that cannot be, are told before anything is
+    loaded. Raises UserError."""
+    for name, value in values.items():
+        flag, limit = f"--{name.replace('_', '-')}", LARGEST.get(name, 10**12)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)):
+                require(math.isfinite(number), f"{flag} is {number}: it must be a finite number")
+                require(abs(number) <= limit, f"{flag} is {number:.4g}: it must not go beyond {limit:,}")
+    try:
+        run_dir = values.get("run_dir")
+        require(run_dir != "", "--run-dir is empty: name a folder, or leave it out")
+        Path(run_dir or ".").expanduser().stat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir[:100]} cannot be a folder: {error.strerror}; choose another") from error
 
 
 def fill(group, name, value):
@@ -241,11 +270,14 @@ def resolve_run(data, run, world, old, *, batch, effective, epochs, images=None)
     )
 
 
+MOST_WORKERS = 32  # by default: they load more than any GPU takes, and each holds memory
+
+
 def resolve_images(data):
     """What every script asks of its ImagesArgs. Raises UserError."""
-    fill(data, "workers", min(8, cores_per_process()))
+    fill(data, "workers", min(MOST_WORKERS, cores_per_process()))
     require_not_negative(data, "workers")
-    require_positive(data, "patience", "batch_size")
+    require_positive(data, "patience", "batch_size", "num_images")
     require(data.val_fraction is None or 0 < data.val_fraction < 1,
             f"--val-fraction is {data.val_fraction}: it must lie between 0 and 1, such as 0.1")  # fmt: skip
 
@@ -258,6 +290,9 @@ def world_size():
 def cores_per_process():
     """This process's share of the cores that may be used."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with suppress(OSError, ValueError):  # of a container, which sees all of its machine's
+        quota, period = CPU_QUOTA.read_text().split()
+        cores = min(cores, max(1, round(int(quota) / int(period))))
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 

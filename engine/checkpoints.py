@@ -5,16 +5,22 @@ data), trainer.json (the step, and what a script adds) and SHA256SUMS of all of 
 """
 
 from engine.arguments import Mark
-from engine.errors import BAD_PICKLE, UserError, first_line
+from engine.errors import BAD_PICKLE, UserError, first_line, printable
 from engine.files import publish, replace_files, write_text
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pickle
 import re
 import shutil
+import socket
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -136,8 +142,11 @@ def is_longer(old, new):
 def config_of_run(folder):
     """config.json of a run folder in which something has begun, or {}. Raises UserError."""
     written = Path(folder) / "config.json"
-    if not written.exists() or not (checkpoints(folder) or (Path(folder) / "log.jsonl").exists()):
-        return {}
+    try:
+        if not written.exists() or not (checkpoints(folder) or (Path(folder) / "log.jsonl").exists()):
+            return {}
+    except OSError as error:  # a name that no folder can have
+        raise UserError(f"run folder {folder} cannot be: {error.strerror}; choose another --run-dir") from error
     try:
         config = json.loads(written.read_text())
         return {**config, "args": dict(config["args"])}
@@ -166,13 +175,14 @@ def report_resume(progress, resume, total, run_dir):
     """Say where the run goes on, and with what."""
     if progress.path:
         done = progress.step >= total
-        print(f"{run_dir} is complete: {progress.step} steps" if done else f"continuing from {progress.path}")
+        line = f"{run_dir} is complete: {progress.step} steps" if done else f"continuing from {progress.path}"
+        print(printable(line))
     for name, (old, new) in resume.changed.items():
         grows = resume.marks.get(name) is Mark.LENGTH and is_longer(old, new)
         then = "; the learning rate follows the schedule of the new length" if grows else ""
-        print(f"  changed: {name} {old} -> {new}{then}")
+        print(printable(f"  changed: {name} {old} -> {new}{then}"))
     for name, value in resume.added.items() if progress.path else ():
-        print(f"  new since the run began: {name} {value}")
+        print(printable(f"  new since the run began: {name} {value}"))
     if progress.first_pass:
         print(f"  the data begin anew, with pass {progress.first_pass}")
     sys.stdout.flush()
@@ -193,6 +203,40 @@ def make_run_dir(folder):
         raise UserError(f"run folder {folder} is not writable: {error.strerror}; choose another --run-dir") from error
 
 
+def lock_run_dir(folder):
+    """Take a run folder for this process, until the file that is returned is closed or the process ends in any way.
+    Raises UserError, saying who has it.
+
+    A POSIX lock: it also holds between machines that share the folder (NFS), and loading processes, which may outlive a
+    killed trainer for a moment, do not inherit it. It does not hold within one process, and closing the file by another
+    name there would give it up.
+    """
+    path = folder / "run.lock"
+    try:
+        file = path.open("ab+", buffering=0)
+    except OSError as error:
+        raise UserError(f"run folder {folder} is not writable: {error.strerror}; choose another --run-dir") from error
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # ENOLCK, ENOSYS, EOPNOTSUPP: there are none here
+            print(printable(f"note: the file system of {folder} has no locks ({error.strerror}): see that no other run "
+                            "writes to it"), file=sys.stderr, flush=True)  # fmt: skip
+            return file
+        file.seek(0)
+        holder = file.read(200).decode(errors="replace").strip() or "another process"
+        file.close()
+        raise UserError(
+            f"run folder {folder} is in use by another run ({holder}): wait for its end, or pass another --run-dir; "
+            f"if that process is no more, its machine lost, remove {path}"
+        ) from error
+    with suppress(OSError):  # a full disk: who has it is not told, that somebody has it is
+        file.truncate(0)
+        began = time.strftime("%Y-%m-%d %H:%M:%S")
+        file.write(f"process {os.getpid()} on {socket.gethostname()}, since {began}\n".encode())
+    return file
+
+
 def write_config(run_dir, values, model, changed=()):
     """config.json: the arguments in use, the model, and what has changed since the run began, from which step on."""
     config = {"args": values, "model": model, **({"changed": changed} if changed else {})}
@@ -204,13 +248,23 @@ def sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_problem(error):
+def write_problem(error, folder):
     """What a full disk raises, in one line: Python's, torch's or safetensors' error. Raises any other one."""
     from safetensors import SafetensorError
 
     if not isinstance(error, (OSError, RuntimeError, SafetensorError)):
         raise error
-    return first_line(error)
+    if isinstance(error, RuntimeError):  # torch's tells a line of its code, the file system why
+        try:
+            with tempfile.TemporaryFile(dir=folder) as file:
+                file.write(bytes(2**20))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as reason:
+            error = reason
+    found = re.search(r"os error (\d+)", str(error))  # of safetensors
+    number = getattr(error, "errno", None) or (found and int(found[1]))
+    return f"[Errno {number}] {os.strerror(number)}, in {folder}" if number else first_line(error)
 
 
 def write_model_folder(folder, write):
@@ -219,7 +273,7 @@ def write_model_folder(folder, write):
     try:
         replace_files(folder, write)
     except Exception as error:
-        return write_problem(error)
+        return write_problem(error, folder.parent)
     return None
 
 
@@ -239,7 +293,7 @@ def save_checkpoint(accelerator, run, step, data_states, trainer, write_model=No
         try:
             work()
         except Exception as error:
-            problem = write_problem(error)
+            problem = write_problem(error, run_dir)
         return next((problem for problem in gather_object([problem]) if problem), None)
 
     def begin():
@@ -328,9 +382,32 @@ def damage(checkpoint):
                 return f"{name} is missing"
             if sha256(checkpoint / name) != digest:
                 return f"{name} is not what was written"
-        return None
     except (OSError, ValueError) as error:
         return f"{SUMS} cannot be read: {first_line(error)}"
+    return next((f"{file.name} does not hold what a run writes" for file in [checkpoint / "trainer.json",
+                 *sorted(checkpoint.glob("data_*.json"))] if not is_written_by_a_run(file)), None)  # fmt: skip
+
+
+def is_written_by_a_run(file):
+    """Whether a trainer.json or data_N.json has the shape that it must have; sums do not tell of a mistake before."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError, RecursionError):
+        return False
+    if not isinstance(content, dict):
+        return False
+    if file.name != "trainer.json":
+        return counts_only(content)
+    numbers = [content.get("step"), content.get("bad_steps", 0)]
+    line = content.get("unjudged")
+    return all(isinstance(n, int) and counts_only(n) for n in numbers) and (line is None or isinstance(line, dict))
+
+
+def counts_only(value):
+    """Whether every number in a value of JSON is a whole one that may count something."""
+    if isinstance(value, (dict, list)):
+        return all(counts_only(part) for part in (value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (str, bool)) or (isinstance(value, int) and 0 <= value < 2**63)
 
 
 def tidy(run_dir):
@@ -354,7 +431,7 @@ def sound_checkpoint(accelerator, candidates, run_dir):
                 break
             problems[path] = f"checkpoint {path} is damaged: {problem}"
         for path, problem in problems.items() if found else ():
-            print(f"warning: {problem}; the one before is used", file=sys.stderr)
+            print(printable(f"warning: {problem}; the one before is used"), file=sys.stderr)
             if path.parent == Path(run_dir) / "checkpoints":
                 aside = path.with_name(path.name + ".damaged")
                 shutil.rmtree(aside, ignore_errors=True)

@@ -1,12 +1,16 @@
 """What can go wrong, in one line each: by whom (the user, the run), with which exit code, on which process."""
 
 import atexit
+import html
 import multiprocessing.util  # registers its handler of the exit: ours, registered later, runs first
 import os
 import pickle
+import re
+import shutil
 import signal
 import sys
-from contextlib import contextmanager
+import threading
+from contextlib import contextmanager, suppress
 
 
 class UserError(Exception):
@@ -54,23 +58,36 @@ def first_line(error):
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
+def printable(text):
+    """Text that may hold names from strangers, fit for a terminal: what is no character to print (escape sequences,
+    line breaks, signs that turn the direction of writing) as \\x1b, \\n, \\u202e."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+def markdown(text):
+    """The same for a page of Markdown, in a line of text or a cell of a table: shown, and nothing but shown."""
+    return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(printable(text), quote=False))
+
+
 def speaks_for_others():
     """Whether this is the process of its machine that says what all of them would."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def command_line(work):
-    """Call work(): exit code 2 for what the user gave, 1 for a run that failed, 130 for Ctrl-C before the steps of a
-    run, which answer it by themselves."""
+    """Call work(): exit code 2 for what the user gave, 1 for a run that failed; 130 for Ctrl-C and 143 for SIGTERM
+    before the steps of a run, which answer them by themselves."""
+    before = end_on_signals()
     try:
         with dead_peers():
             work()
     except (UserError, RunError) as error:
         seen_alone = (BadFilesError, ServerGoneError, LoadingError, PeerError)
         if speaks_for_others() or isinstance(error, seen_alone):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(error)}", file=sys.stderr, flush=True)
         if isinstance(error, PeerError):
             stop_workers()
+            remove_temporary_folders()
             os._exit(1)  # a proper end would wait for the dead
         sys.exit(1 if isinstance(error, RunError) else 2)
     except KeyboardInterrupt:
@@ -79,6 +96,45 @@ def command_line(work):
         sys.exit(130)
     finally:
         stop_workers()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_on_signals():
+    """Where no step of a run is under way, the signals that ask for a stop (unless they are ignored) end the process
+    with one line and 128 + their number: the handlers of before, {signal: handler}.
+
+    No exception: half-imported libraries swallow one, and in C++ code that calls Python it aborts.
+    """
+    process = os.getpid()
+
+    def end(number, frame):
+        with suppress(Exception):
+            if os.getpid() == process:  # not a process that was forked from it a moment ago
+                stop_workers()
+                remove_temporary_folders()
+                line = f"interrupted by {signal.Signals(number).name}; give the same command again"
+                os.write(2, ("\n" * os.isatty(2) + f"{line}\n").encode() * speaks_for_others())
+        os._exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # others cannot
+        return {}
+    handled = [number for number in STOP_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
+    return {number: signal.signal(number, end) for number in handled}
+
+
+temporary_folders = set()  # that go when this process ends, whichever way: only os._exit has to be told
+
+
+def remove_temporary_folders():
+    for folder in temporary_folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def share_temporary_folder():
+    """One for the sockets of all loading processes, which are killed and leave theirs behind: to be called before they
+    are forked."""
+    temporary_folders.add(multiprocessing.util.get_temp_dir())  # which removes it at a proper end
 
 
 @contextmanager

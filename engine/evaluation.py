@@ -1,7 +1,7 @@
 """How good is it? Accuracy over all ranks, weighted kNN, and published figures to print beside ours."""
 
 from engine.checkpoints import config_of_run
-from engine.errors import BadFilesError, RunError
+from engine.errors import BadFilesError, RunError, printable
 from engine.images import to_device
 from engine.log import watch
 from engine.run import raise_together
@@ -75,7 +75,7 @@ def evaluation_batches(accelerator, source, view, data, what, skipped):
     for chunk in watch(chunks, total, what, accelerator.is_main_process):
         skipped += chunk["skipped"]
         for name in chunk["skipped"]:
-            tqdm.write(f"skipped {name}", file=sys.stderr)
+            tqdm.write(printable(f"skipped {name}"), file=sys.stderr)
         if len(chunk["ids"]):
             yield to_device(chunk["images"], accelerator.device), to_device(chunk["labels"], accelerator.device)
 
@@ -86,8 +86,8 @@ def warn_if_seen(checkpoint, data):
     args = config_of_run(folder.parent if folder.name == "model" else folder).get("args", {})
     is_same = Path(args.get("dataset", "")).absolute() == Path(data.dataset).absolute()
     if data.val_fraction is not None and is_same and (args.get("val_fraction") or 0) < data.val_fraction:
-        print(f"note: {checkpoint} has learned from the images that are held out here; train.py --val-fraction "
-              f"{data.val_fraction:g} leaves them out", file=sys.stderr)  # fmt: skip
+        print(printable(f"note: {checkpoint} has learned from the images that are held out here; train.py "
+                        f"--val-fraction {data.val_fraction:g} leaves them out"), file=sys.stderr)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------------

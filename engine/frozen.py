@@ -1,12 +1,14 @@
 """Other people's vision models: loaded, checked, and seen as (class token, patch tokens). Nothing in them changes."""
 
-from engine.errors import HubAwayError, UserError, first_line, require
+from engine.errors import HubAwayError, UserError, first_line, require, speaks_for_others
 from engine.images import normalize
-from engine.network import hub_problem
+from engine.network import from_hub, hub_file, hub_problem
 
+import copy
 import json
 import pickle
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +100,22 @@ class Frozen(nn.Module):
         return torch.cat([x[:, :1], x[:, -patches:]], dim=1)                             # (B, 1 + N, D)
 
 
+@torch.no_grad()
+def compiled_if_possible(teacher, shape, device):
+    """A teacher with its network compiled, tried on pixels of this shape (B, 3, H, W); where that fails (no C compiler,
+    no Triton, an odd GPU) it is as it was, and a line says why."""
+    try:
+        compiled = copy.deepcopy(teacher)  # what was compiled cannot be undone
+        compiled.compile_network()
+        compiled(torch.rand(shape, device=device))
+        return compiled
+    except Exception as error:  # each backend has its own
+        if speaks_for_others():
+            print(f"note: the teacher cannot be compiled ({first_line(error)[:200]}) and runs as it is, some percent "
+                  "slower; --no-compile-teacher does not try", file=sys.stderr, flush=True)  # fmt: skip
+        return teacher
+
+
 # ----------------------------------------------------------------------------------------------------------------
 # Loading.
 
@@ -138,7 +156,7 @@ def load_pretrained(name, model_class, kinds, description, flag, config=None):
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its report on heads that are not used; what is missing is ours to say
     try:
-        model, info = model_class.from_pretrained(name, output_loading_info=True)
+        model, info = from_hub(lambda: model_class.from_pretrained(name, output_loading_info=True), name, flag)
     except (OSError, ValueError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise UserError(f"{flag} {name} cannot be loaded: {first_line(error)}") from error
     finally:
@@ -158,7 +176,7 @@ def config_of(name, flag):
         raise UserError(f"{flag} {name} does not exist: no such folder, and not an id of the Hub")
     problem = None if local else hub_problem()  # its cache may do
     try:
-        return PretrainedConfig.get_config_dict(name)[0]
+        return from_hub(lambda: PretrainedConfig.get_config_dict(name)[0], name, flag)
     except (OSError, ValueError, RuntimeError) as error:
         if problem:
             raise HubAwayError(f"{flag} {name} is no local folder and not in the Hub's cache, and the Hub cannot be "
@@ -168,22 +186,22 @@ def config_of(name, flag):
 
 def image_processor_of(name, flag):
     """What preprocessor_config.json beside a model says, {} where there is none. Raises UserError, naming the flag."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError, LocalEntryNotFoundError
 
     file = "preprocessor_config.json"
     try:
-        return json.loads((Path(name) / file if Path(name).is_dir() else Path(hf_hub_download(name, file))).read_text())
+        return json.loads((Path(name) / file if Path(name).is_dir() else Path(hub_file(name, file))).read_text())
     except LocalEntryNotFoundError as error:  # not known whether there is one
         raise UserError(f"{flag} {name} cannot be loaded: {first_line(error)}") from error
     except (FileNotFoundError, EntryNotFoundError):
         return {}
+    except (HTTPError, OSError, ValueError) as error:
+        raise UserError(f"{flag} {name} cannot be loaded: its {file}: {first_line(error)}") from error
 
 
 def transformers_config(checkpoint):
     """(folder or Hub id, its config.json) if a checkpoint is a model of transformers, else (checkpoint, None), which
     may still be a CAE. A run folder stands for its model/."""
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
     path = Path(checkpoint).expanduser()
@@ -197,7 +215,7 @@ def transformers_config(checkpoint):
     else:
         hub_problem()  # without it the cache is looked into, at once
         try:
-            file, name = hf_hub_download(checkpoint, "config.json"), checkpoint
+            file, name = hub_file(checkpoint, "config.json"), checkpoint
         except (HfHubHTTPError, OSError, ValueError):
             return checkpoint, None  # load_model says why
     config = json.loads(Path(file).read_text())

@@ -4,10 +4,12 @@ What is random draws from torch's global generator, which a view seeds for each 
 is used: a wrong flag is answered without it.
 """
 
+from engine.turbojpeg import TurboJPEG, libraries
+
 import io
 import math
 import warnings
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +23,24 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Image.open refuses more than twice a
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "JPEG2000", "AVIF", "PPM")
 # Segments that may stand before the size of a JPEG: tables, comments, application data.
 BEFORE_SIZE = {bytes((0xFF, kind)) for kind in (0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0))}
+CORNERS = (0, 0), (17, 5), (37, 39)  # top and left of three parts of a JPEG
 
 
-def jpeg_pixels(data):
-    """The number of pixels that a JPEG claims to have, infinite where its header is out of order. Pillow's way to it
-    would cost up to 8 % of the decoding, this one 0.3 %."""
+def jpeg_frame(data):
+    """(height, width, planes of colour, bits) that a JPEG claims to have, infinite where its header is out of order.
+    Pillow's way to it would cost up to 8 % of the decoding, this one 0.3 %."""
     at = 2
     while data[at : at + 2] in BEFORE_SIZE:
         at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
     if data[at : at + 2] not in (b"\xff\xc0", b"\xff\xc1", b"\xff\xc2"):  # baseline, extended, progressive
-        return math.inf
-    return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
+        return math.inf, math.inf, 0, 0
+    return tuple(int.from_bytes(data[at + i : at + j], "big") for i, j in ((5, 7), (7, 9), (9, 10), (4, 5)))
+
+
+def jpeg_pixels(data):
+    """The number of pixels that a JPEG claims to have, infinite where its header is out of order."""
+    height, width, *_ = jpeg_frame(data)
+    return height * width
 
 
 def decode(data):
@@ -62,12 +71,77 @@ def decode(data):
         return pil_to_tensor(image.convert("RGB"))
 
 
+@cache
+def turbojpeg():
+    """The library that decodes parts of a JPEG; None where it is not there, or gives other pixels than decode(): what a
+    run sees does not depend on it."""
+    file, shape = io.BytesIO(), (3, 61, 67)
+    noise = torch.randint(256, (*shape[1:], 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(file, "JPEG", subsampling="4:2:0")
+    whole = decode(file.getvalue())
+    for name in libraries():
+        try:
+            library = TurboJPEG(name)
+            parts = [(*corner, library.part(file.getvalue(), shape, *corner, 24, 28)) for corner in CORNERS]
+        except Exception:  # not there, too old, without something of the system's
+            continue
+        if all(torch.equal(part, whole[:, top : top + 24, left : left + 28]) for top, left, part in parts):
+            return library
+    return None
+
+
+class Jpeg:
+    """A JPEG of `shape` (3, H, W) that is not decoded before it is known which part is wanted."""
+
+    def __init__(self, data, height, width):
+        self.data, self.shape = data, (3, height, width)
+
+    @classmethod
+    def of(cls, data):
+        """Of encoded bytes; None for other formats, for what is cut short or odd, and where there is no library."""
+        if data[:2] != b"\xff\xd8" or data[-2:] != b"\xff\xd9" or turbojpeg() is None:  # how a JPEG begins and ends
+            return None
+        height, width, planes, bits = jpeg_frame(data)
+        usual = 0 < height * width <= MAX_PIXELS and planes in (1, 3) and bits == 8
+        return cls(data, height, width) if usual else None
+
+    def part(self, top, left, height, width):
+        """uint8 (3, height, width). Raises an exception of any kind."""
+        return turbojpeg().part(self.data, self.shape, top, left, height, width)
+
+
+class RandomCrop:
+    """torchvision's random resized crop, bicubic. uint8 (3, H, W), or a Jpeg, -> uint8 (3, S, S)."""
+
+    def __init__(self, size, scale):
+        from torchvision.transforms import v2
+
+        bicubic = v2.InterpolationMode.BICUBIC
+        self.crop = v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True)
+
+    def __call__(self, image):
+        if not isinstance(image, Jpeg):
+            return self.crop.transform(image, self.crop.make_params([image]))
+        box = self.crop.make_params([torch.empty(image.shape, device="meta")])  # which has a size and no pixels
+        return self.crop.transform(image.part(**box), {**box, "top": 0, "left": 0})
+
+
 def crop_and_flip(size, scale, flip):
     """What every view to learn from begins with: random resized crop, bicubic, and horizontal flip."""
     from torchvision.transforms import v2
 
-    bicubic = v2.InterpolationMode.BICUBIC
-    return [v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True), v2.RandomHorizontalFlip(flip)]
+    return [RandomCrop(size, scale), v2.RandomHorizontalFlip(flip)]
+
+
+def view_of_part(view, data, seed):
+    """What view(decode(data), seed) gives, for a view that begins with crop_and_flip: no more than the crop is decoded.
+    None where that cannot be, and nothing is said about why: the whole image will tell."""
+    steps = getattr(getattr(view, "transform", None), "transforms", [None])
+    image = Jpeg.of(data) if isinstance(steps[0], RandomCrop) else None
+    try:
+        return image and view(image, seed)
+    except Exception:  # the decoder refuses the file, or the view asks for more than the crop
+        return None
 
 
 class ColorJitter:

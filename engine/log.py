@@ -1,6 +1,7 @@
 """What a run says on its way: log.jsonl, the terminal, the tracker."""
 
-from engine.errors import first_line
+from engine.arguments import cores_per_process, local_path
+from engine.errors import first_line, printable
 from engine.files import fsync, write_text
 
 import json
@@ -14,14 +15,16 @@ from dataclasses import dataclass
 from tqdm.auto import tqdm
 
 QUIET = 30.0  # seconds without a line, after which the terminal is told where the run is
+MUCH_WAITING, JUDGED_AFTER = 0.1, 30.0  # share of the time without data that is worth a line, and seconds to judge by
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # tqdm's own without its rate
 
 
 def step_of_line(line):
-    """The step of a line of log.jsonl; infinite for what a lost machine left of one."""
+    """The step of a line of log.jsonl, as bytes; infinite for what a lost machine left of one."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
+        step = json.loads(line.decode())["step"]
+        return step if isinstance(step, int) else math.inf
+    except (ValueError, KeyError, TypeError, RecursionError):
         return math.inf
 
 
@@ -49,11 +52,12 @@ class Log:
         self.accelerator, self.path, self.total, self.start = accelerator, run_dir / "log.jsonl", total, start
         self.main = accelerator.is_main_process
         if self.main and self.path.exists():  # lines beyond the checkpoint are written again
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+            lines = [line for line in self.path.read_bytes().split(b"\n") if line.endswith(b"}")]
             lines = [line for line in lines if step_of_line(line) <= start]
-            write_text(self.path, "".join(line + "\n" for line in lines))
+            write_text(self.path, "".join(line.decode() + "\n" for line in lines))
         # a full disk may cut a line off: it is written again, after the last whole one
         self.size, self.pending = self.path.stat().st_size if self.main and self.path.exists() else 0, ""
+        self.failed = False  # it is told once that lines cannot be written
         bar = self.main and sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, bar_format=BAR, disable=not bar, dynamic_ncols=True, smoothing=0.05)
         self.began, self.step = time.perf_counter(), start
@@ -87,9 +91,12 @@ class Log:
             with self.path.open("ab") as file:
                 file.truncate(self.size)
                 file.write(self.pending.encode())
-            self.size, self.pending = self.size + len(self.pending.encode()), ""
+            self.size, self.pending, self.failed = self.size + len(self.pending.encode()), "", False
         except OSError as error:
-            tqdm.write(f"warning: {self.path} cannot be written: {first_line(error)}", file=sys.stderr)
+            if not self.failed:
+                tqdm.write(printable(f"warning: {self.path} cannot be written: {first_line(error)}; its lines are kept "
+                                     "until it can"), file=sys.stderr)  # fmt: skip
+            self.failed = True
         try:
             tracked = {name: value for name, value in values.items()
                        if isinstance(value, (int, float)) and name not in ("step", "epoch")}  # fmt: skip
@@ -104,7 +111,7 @@ class Log:
                 self.is_first = False
                 self._show(values["step"], values["images_per_second"], values["data_wait"])
         for name in values.get("skipped_files", []):
-            tqdm.write(f"skipped {name}", file=sys.stderr)
+            tqdm.write(printable(f"skipped {name}"), file=sys.stderr)
 
     @property
     def is_due(self):
@@ -168,12 +175,46 @@ class Log:
             try:
                 fsync(self.path)
             except OSError as error:  # on this rank alone: the others wait for it in the checkpoint
-                tqdm.write(f"warning: {self.path} cannot be written: {first_line(error)}", file=sys.stderr)
+                tqdm.write(printable(f"warning: {self.path} cannot be written: {first_line(error)}"), file=sys.stderr)
 
     def close(self):
         with self.lock:  # not in the middle of a line
             self.closed.set()
         self.bar.close()
+
+
+class WaitingNote:
+    """Says, in one line and once, that a run waits for its data, and what would help."""
+
+    def __init__(self, data):
+        """data: ImagesArgs."""
+        self.data, self.is_told, self.is_first = data, False, True
+        self.seconds = self.waited = 0.0
+
+    def add(self, seconds, waited):
+        """Seconds between two lines of the log, and of these the ones without data."""
+        if self.is_first:  # the loading processes have only just begun
+            self.is_first = False
+            return
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+        if self.is_told or self.seconds < JUDGED_AFTER:
+            return
+        if self.waited > MUCH_WAITING * self.seconds:
+            self.is_told = True
+            tqdm.write(f"note: {self.waited / self.seconds:.0%} of the time there are no data to train on: "
+                       f"{help_with_waiting(self.data)}", file=sys.stderr)  # fmt: skip
+        self.seconds = self.waited = 0.0
+
+
+def help_with_waiting(data):
+    """What would make the data of ImagesArgs come faster."""
+    cores = cores_per_process()
+    if data.workers < cores:
+        return f"--workers {cores} would load on all {cores} cores of each process instead of {data.workers}"
+    if data.streaming and local_path(data.dataset) is None:
+        return "--no-streaming would read from a copy on disk; more or faster cores, or smaller images, help too"
+    return (f"{data.workers} loading processes share {cores} core{'s' * (cores > 1)}: more or faster cores for each "
+            "process would help, images that are stored smaller, or a faster disk")  # fmt: skip
 
 
 def watch(chunks, total, what, shown):

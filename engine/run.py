@@ -5,19 +5,30 @@ from engine.checkpoints import (
     Progress,
     checkpoints,
     load_checkpoint,
+    lock_run_dir,
     make_run_dir,
     plan_resume,
     report_resume,
+    run_to_resume,
     save_checkpoint,
     whole_weights,
     write_config,
     write_model_folder,
 )
-from engine.errors import STOP_SIGNALS, RunError, UserError, first_line, require, speaks_for_others
+from engine.errors import (
+    STOP_SIGNALS,
+    RunError,
+    UserError,
+    first_line,
+    printable,
+    require,
+    share_temporary_folder,
+    speaks_for_others,
+)
 from engine.files import write_text
 from engine.images import to_device
-from engine.log import Log, Status
-from engine.network import growing_pauses
+from engine.log import Log, Status, WaitingNote
+from engine.network import growing_pauses, patience_at_start
 from engine.seeds import seed_of
 from engine.stream import Stream
 
@@ -161,11 +172,13 @@ class Run:
     def __init__(self, args, project="cae"):
         """args: a script's, with the groups `run` and `data`; project: the tracker's name for such runs."""
         self.began, self.args, self.project = time.perf_counter(), args, project
+        share_temporary_folder()
         self.accelerator, self.precision = make_accelerator(args.run, args.data, getattr(args.run, "tracker", "none"))
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
         self.folder, self.progress, self.memory = Path(args.run.run_dir), Progress(), {}
         self.log_file, self.peers, self.values_of_step, self.recorded_step = None, None, {}, None
+        self.lock_file = None
 
     def __enter__(self):
         return self
@@ -176,6 +189,8 @@ class Run:
                 self._leave(error.__cause__)
         finally:
             self._close()
+            if self.lock_file:
+                self.lock_file.close()
 
     def _close(self):
         for part in (self.log_file, self.peers):
@@ -186,15 +201,23 @@ class Run:
 
     @contextmanager
     def main_process_first(self):
-        """Work that downloads and checks, on the main process first. A UserError on one rank becomes one on all of
-        them, so that all end."""
+        """Work that downloads and checks, on the main process first; where there is a checkpoint, servers are waited
+        for. A UserError or RunError on one rank becomes one on all of them, so that all end."""
         mistake = None
         with self.accelerator.main_process_first():
             try:
-                yield
-            except UserError as error:
+                with patience_at_start(self.args.data.patience if self._goes_on() else 0.0):
+                    yield
+            except (UserError, RunError) as error:
                 mistake = error
         raise_together(mistake)
+
+    def _goes_on(self):
+        """Whether there is a checkpoint to go on from. Raises UserError."""
+        if getattr(self.args.run, "resume", "never") == "never":  # some sub-commands have nothing to resume
+            return False
+        folder, checkpoint = run_to_resume(self.args.run)
+        return checkpoint is not None or bool(checkpoints(folder))
 
     @property
     def frozen_dtype(self):
@@ -207,9 +230,17 @@ class Run:
         others), by the rule of engine.checkpoints.plan_resume. Raises UserError."""
         self.args, self.folder = args, Path(args.run.run_dir)
         self.values = {**json.loads(json.dumps(flat(args))), **more}
+        if self.folder.exists():
+            self.lock_folder()  # before a look at what another run may be writing
         self.plan = plan_resume(args.run, self.values, marks_of(args))
         make_run_dir(self.folder / "checkpoints")
+        self.lock_folder()
         self.accumulation = args.data.effective_batch_size // (args.data.batch_size * self.world)
+
+    def lock_folder(self):
+        """No other run may write to this folder until this one ends. Raises UserError."""
+        if self.is_main and not self.lock_file:
+            self.lock_file = lock_run_dir(self.folder)
 
     def header(self, what, length=None):
         """The first line: what is run, and how."""
@@ -218,11 +249,11 @@ class Run:
             if length:
                 epochs = f"{length.steps} steps, {round(length.epochs, 1) if length.epochs else '?'} epochs"
             note = f" ({data.batch_note})" if data.batch_note else ""
-            print(f"{what}; {self.world} process{'es' * (self.world > 1)} x {data.batch_size} images x "
-                  f"{self.accumulation} = {data.effective_batch_size} images a step{note}; {epochs}; "
-                  f"{'fp32' if self.precision == 'no' else self.precision} on "
-                  f"{'cpu' if self.device.type == 'cpu' else self.device}; {self.folder}",
-                  flush=True)  # fmt: skip
+            line = (f"{what}; {self.world} process{'es' * (self.world > 1)} x {data.batch_size} images x "
+                    f"{self.accumulation} = {data.effective_batch_size} images a step{note}; {epochs}; "
+                    f"{'fp32' if self.precision == 'no' else self.precision} on "
+                    f"{'cpu' if self.device.type == 'cpu' else self.device}; {self.folder}")  # fmt: skip
+            print(printable(line), flush=True)
 
     def prepare(self, model, *optimizers):
         """The model, wrapped for its device and processes, and the optimizers: what a checkpoint holds. Raises
@@ -255,8 +286,13 @@ class Run:
     def stream(self, source, view):
         """This process's endless stream of batches, from where the checkpoint stands in the data. Raises UserError."""
         progress, args = self.progress, self.args
-        return Stream(source, view, args.data, args.run.seed, self.rank, self.world, progress.data_states,
-                      progress.first_pass)  # fmt: skip
+        try:
+            return Stream(source, view, args.data, args.run.seed, self.rank, self.world, progress.data_states,
+                          progress.first_pass)  # fmt: skip
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+            require(not progress.data_states, f"checkpoint {progress.path} does not fit: its position in the data has "
+                                              f"another shape ({first_line(error)})")  # fmt: skip
+            raise
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
@@ -280,8 +316,10 @@ class Run:
         self.skipped_steps = SkippedSteps(zero, zero, zero + self.progress.skipped_steps)
         self.interval, self.reported_streak = Interval(), 0
         self.checkpoint_step, self.save_pending = start, False
+        self.save_pause = self.save_again = 0  # steps between attempts to write a checkpoint, and the step of the next
         self.micro_batches_done, self.waiting_since = 0, None  # of the step in progress; seconds, while there are none
         self.log_file = Log(self.accelerator, self.folder, start - bool(unevaluated), total, self._status)
+        self.waiting_note = WaitingNote(self.args.data)
         if unevaluated:
             with self.log_file.silence():
                 line = {**unevaluated, **evaluate(unevaluated)}
@@ -379,7 +417,7 @@ class Run:
             return
         states = self.batch_stream.state_dict()
         streak = self._report(done, states, evaluates, shown=logs or done == total or self.log_file.is_due)
-        if writes or self.save_pending:
+        if writes or (self.save_pending and done >= self.save_again):
             self.save_pending = bool(streak) or not self._save(done, states)  # ruined weights are not written
             for pause in growing_pauses(self.args.data.patience):
                 if not self.save_pending or done < total or self.peers.any(self.peers.signal):
@@ -417,6 +455,8 @@ class Run:
                 self._save(step, states, unjudged=line)
                 raise
         self.log_file.write(line, shown)
+        if self.is_main:
+            self.waiting_note.add(seconds, interval.waited)
         self.interval, self.reported_streak = Interval(), streak
         return streak
 
@@ -476,12 +516,17 @@ class Run:
         problem = save_checkpoint(self.accelerator, self.args.run, step, states, trainer, write)
         self.interval.began = time.perf_counter()
         if problem is None:
-            self.checkpoint_step = step
-        elif self.is_main:
+            self.checkpoint_step, self.save_pause = step, 0
+            return True
+        run = self.args.run  # again after 1, 2, 4, ... lines of the log, and with every checkpoint that is due
+        self.save_pause = min(2 * self.save_pause or run.log_every, run.checkpoint_every)
+        self.save_again = step + self.save_pause
+        if self.is_main:
             last = next(reversed(checkpoints(self.folder)), "none")
-            tqdm.write(f"warning: the checkpoint of step {step} could not be written: {problem}; the run goes on and "
-                       f"tries again; the last checkpoint is {last}", file=sys.stderr)  # fmt: skip
-        return problem is None
+            line = (f"warning: the checkpoint of step {step} could not be written: {problem}; the run goes on and "
+                    f"tries again; the last checkpoint is {last}")  # fmt: skip
+            tqdm.write(printable(line), file=sys.stderr)
+        return False
 
     def _model_writer(self, step):
         """What writes model/ into a folder, or None. Called on all ranks."""
@@ -517,7 +562,8 @@ class Run:
         going_on = f"{command} continues from {last}" if last else "there is no checkpoint yet"
         if first is None:
             if self.is_main:
-                print(f"stopped by {next(filter(None, signals))} after step {step}: {going_on}", flush=True)
+                line = f"stopped by {next(filter(None, signals))} after step {step}: {going_on}"
+                print(printable(line), flush=True)
             self.accelerator.end_training()
             raise SystemExit(0)
         if trouble and not isinstance(trouble, (UserError, RunError)):
@@ -550,7 +596,8 @@ class Run:
         """The last lines: those of a table, the path of result.json and, where standard output is no terminal, the
         same object on one line: scripts read it. On the main process."""
         in_terminal = sys.stdout.isatty()
-        print(*lines, "", f"{self.folder / 'result.json'}{'' if in_terminal else ':'}", sep="\n", flush=True)
+        lines = [*lines, "", f"{self.folder / 'result.json'}{'' if in_terminal else ':'}"]
+        print(*map(printable, lines), sep="\n", flush=True)
         if not in_terminal:
             print(json.dumps(result), flush=True)
 

@@ -5,13 +5,17 @@ The libraries that read them are imported where they are used: a wrong flag is a
 
 from engine.arguments import local_path
 from engine.errors import HubAwayError, ServerGoneError, UserError, first_line, require
-from engine.network import hub_problem, patiently
+from engine.folders import ImageFolder, NotCoveredError
+from engine.network import is_resuming, passing, patiently, reach_hub
+from engine.parquet import RowGroups, footer
 
 import dataclasses
 import hashlib
 import itertools
+import os
 import re
 import tarfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -38,10 +42,26 @@ class Source:
     """The Parquet files of a stream whose shards are files."""
     side: tuple | None = None
     """Streams with --val-fraction, (fraction, whether these are the images held out): others are passed over."""
+    tars: list = field(default_factory=list)
+    """The tar files of a stream, which are its shards."""
+    row_groups: RowGroups | None = None
+    """Of Parquet files on disk that are streamed: they are the shards."""
+
+    @property
+    def num_shards(self):
+        """Of a stream."""
+        return self.row_groups.num_shards if self.row_groups else self.data.num_shards
 
     @property
     def streaming(self):
         return not hasattr(self.data, "__len__")
+
+    def file_of(self, shard):
+        """For messages: the file that a shard is, in brackets, or nothing."""
+        if self.row_groups:
+            return f" ({self.row_groups.place(shard)[0]})"
+        files = self.tars or self.files
+        return f" ({files[shard]})" if files else ""
 
     def has(self, image):
         """Whether an image, encoded bytes, is on this side of --val-fraction."""
@@ -76,13 +96,13 @@ def read_file(path):
     """The bytes of a file, here or on the Hub."""
     import fsspec
 
-    with fsspec.open(path, "rb") as file:
+    with fsspec.open(path, "rb") if "://" in path else open(path, "rb") as file:  # fsspec takes as long as the reading
         return file.read()
 
 
-def held_out_rows(rows, column, fraction):
-    """A batch of rows on disk -> {"held_out": [bool]}, for datasets' map, which remembers the answer. What cannot be
-    read stays among the images to learn from, where it is counted."""
+def held_out_rows(rows, column, fraction, stamp=""):
+    """A batch of rows on disk -> {"held_out": [bool]}, for datasets' map, which remembers the answer; `stamp` is of the
+    files as they are now. What cannot be read stays among the images to learn from, where it is counted."""
     answers = []
     for image in rows[column]:
         try:
@@ -92,11 +112,22 @@ def held_out_rows(rows, column, fraction):
     return {"held_out": answers}
 
 
+def stamp_of_files(data, column):
+    """Another number once a file that is read in place has changed."""
+    stamp = hashlib.blake2b(digest_size=8)
+    for path in data.data.column(column).combine_chunks().field("path").to_pylist():
+        with suppress(OSError, TypeError, ValueError):  # on the Hub, none, no name of a file
+            status = os.stat(path)
+            stamp.update(f"{status.st_size} {status.st_mtime_ns} ".encode())
+    return stamp.hexdigest()
+
+
 def take_side(data, column, fraction, held_out):
     """The rows of a datasets.Dataset that --val-fraction holds out, or the others."""
     import numpy as np
 
-    options = dict(fn_kwargs=dict(column=column, fraction=fraction), batched=True, batch_size=100)
+    options = dict(batched=True, batch_size=100)
+    options["fn_kwargs"] = dict(column=column, fraction=fraction, stamp=stamp_of_files(data, column))
     answers = data.select_columns(column).map(held_out_rows, remove_columns=[column], desc="hashing images", **options)
     return data.select(np.flatnonzero(np.array(answers["held_out"], dtype=bool) == held_out))
 
@@ -106,15 +137,17 @@ def open_builder(dataset, patience=30.0):
     import datasets
 
     path = local_path(dataset)
-    problem = hub_problem() if path is None else None
+    problem = reach_hub(dataset) if path is None else None
+    other = "pass a folder, Parquet or tar of your own, or --dataset demo"
     if problem:
-        raise HubAwayError(f"data set {dataset} is no local folder, and the Hub cannot be reached ({problem}): pass a "
-                           "folder, Parquet or tar of your own, or --dataset demo")  # fmt: skip
+        raise HubAwayError(f"data set {dataset} is no local folder, and the Hub cannot be reached ({problem}): {other}")
     try:
         if path is None:
-            # no connection at all, the first time, is a mistake: datasets' ConnectionError is not waited for
+            # no connection at all is a mistake at a first start: datasets' ConnectionError is waited for at a resume
             return patiently(partial(datasets.load_dataset_builder, dataset), dataset, patience)
         if path.is_dir():
+            with suppress(NotCoveredError, OSError):
+                return ImageFolder(path)
             return datasets.load_dataset_builder(str(path.absolute()))  # "parquet" alone would be one of its readers
         kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
         if kind is None:
@@ -131,15 +164,20 @@ def open_builder(dataset, patience=30.0):
             "a private one needs `hf auth login`"
         ) from error
     except (datasets.exceptions.DatasetsError, FileNotFoundError) as error:
+        if path is None and (failure := passing(error, dataset)):
+            raise HubAwayError(f"data set {dataset} cannot be reached: {failure}; try again, or {other}") from error
         if path is None:
             raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
         raise UserError(f"data set folder {path} holds no images, Parquet or .tar files") from error
     except (ServerGoneError, HTTPError, OSError) as error:
+        if isinstance(error, ServerGoneError) and is_resuming():
+            raise
         raise UserError(f"data set {dataset} cannot be reached: {first_line(error)}") from error
     except RuntimeError as error:  # a script of its own, which datasets no longer executes
         raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
 
 
+MANY_CLASSES = 100_000  # any numbers below, a part of ImageNet-21k's too, may be those of classes
 ENCODED = ("binary", "large_binary", "binary_view")  # encoded images without the metadata that says so
 
 
@@ -184,6 +222,7 @@ def read_classes(args, data, column, features, num_classes=None):
         return list(feature.names)
     if not kind.startswith(("int", "uint", "string", "large_string")):
         raise UserError(f"--label-column {column} holds no class labels but {feature}")
+    require(num_classes is None or num_classes > 0, f"--num-classes is {num_classes}: it must be positive")
     if num_classes is not None and "string" not in kind:
         return [str(number) for number in range(num_classes)]
     if isinstance(data, datasets.Dataset):
@@ -194,6 +233,10 @@ def read_classes(args, data, column, features, num_classes=None):
     else:  # Parquet: the one column
         labels = [row[column] for row in data.select_columns(column)]
     labels = {label for label in labels if label is not None}
+    largest = max(labels, default=-1) if "string" not in kind else -1
+    require(largest < max(MANY_CLASSES, 10 * len(labels)),
+            f"--label-column {column} holds numbers up to {largest}, and only {len(labels)} different ones: no numbers "
+            "of classes; mend the column, or pass --num-classes if there are so many")  # fmt: skip
     return sorted(labels) if "string" in kind else [str(number) for number in range(max(labels, default=-1) + 1)]
 
 
@@ -245,6 +288,8 @@ def open_splits(dataset, patience=30.0):
     builder = open_builder(dataset, patience)
     try:
         return patiently(builder.as_streaming_dataset, dataset, patience)
+    except ServerGoneError:
+        raise
     except Exception as error:  # every reader has its own way to refuse a file
         raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
 
@@ -259,6 +304,9 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
     streams = args.streaming and (not local or builder.name in ("parquet", "webdataset"))  # local images: in place
 
     def opened():
+        if builder.name == "parquet" and local:
+            for files in builder.config.data_files.values():
+                footer(files[0])  # where datasets finds the columns, and names no file
         splits = builder.as_streaming_dataset()  # for a look at schema and first row before any download
         if args.split not in splits:
             raise UserError(f"data set {args.dataset} has no split {args.split!r}: it has {', '.join(splits)}")
@@ -267,27 +315,35 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
         if isinstance(data.features[image_column], datasets.Image):
             data = data.decode(False)
         data = data.cast_column(image_column, datasets.Image(decode=False))
-        first = next(iter(data), None)
+        # Parquet's shards are row groups: always on disk; on the Hub, where a footer costs a request, if files are few.
+        files, row_groups = list(builder.config.data_files[args.split]) if builder.name == "parquet" else [], None
+        if files and local:
+            columns = [column for column in (image_column, label_column) if column]
+            row_groups = RowGroups(files, columns, data.features)  # also for what it checks
+        first = next(iter(row_groups or data), None)
         if first is None:
             raise UserError(f"split {args.split} of data set {args.dataset} holds no images")
         if first[image_column] is not None:
             first[image_column]["bytes"]
-        files = list(builder.config.data_files[args.split]) if streams and builder.name == "parquet" else []
+        if not streams and row_groups:
+            require(not row_groups.empty, f"{row_groups.empty} has no rows, which only --streaming can read: remove it")
         if not streams:
             builder.download_and_prepare()
-            data = builder.as_dataset(split=args.split).cast_column(image_column, datasets.Image(decode=False))
-        # Parquet's shards are row groups: always on disk; on the Hub, where a footer costs a request, if files are few.
-        elif local or data.num_shards < slots * max(args.workers or 1, 1):
+            data, row_groups = builder.as_dataset(split=args.split), None
+            data = data.cast_column(image_column, datasets.Image(decode=False))
+        elif not local and data.num_shards < slots * max(args.workers or 1, 1):
             data, files = data.reshard(), []
-        return data, image_column, label_column, files
+        return data, image_column, label_column, files if streams and not local else [], row_groups
 
     try:
-        data, image_column, label_column, files = patiently(opened, args.dataset, args.patience)
-    except UserError:
+        data, image_column, label_column, files, row_groups = patiently(opened, args.dataset, args.patience)
+    except (UserError, ServerGoneError):
         raise
     except Exception as error:  # every reader has its own way to refuse a file
+        if isinstance(error, tarfile.TarError) and local:
+            count_images(builder, args.split)  # names the file
         raise UserError(f"data set {args.dataset} cannot be read: {first_line(error)}") from error
-    count = (args.num_images or count_images(builder, args.split)) if streams else len(data)
+    count = len(data) if not streams else args.num_images or count_images(builder, args.split, row_groups)
     whole, fraction, side = data, args.val_fraction, None
     if fraction is not None and streams:  # sorted out as they are read: how many there are is not known before
         side, count = (fraction, held_out), count and round(count * (fraction if held_out else 1 - fraction))
@@ -296,7 +352,9 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
         count = len(data)
         none, larger = ("none", "larger") if held_out else ("all", "smaller")
         require(count, f"--val-fraction {fraction} holds out {none} of the {len(whole)} images: use a {larger} one")
-    parts, kind = (data.num_shards, "shards") if streams else (len(data), "images")
+    source = Source(data, image_column, label_column, count, args.dataset, None, args.patience, files, side)
+    source.row_groups = row_groups
+    parts, kind = (source.num_shards, "shards") if streams else (len(data), "images")
     if parts < slots:
         raise UserError(
             f"data set {args.dataset} has {parts} {kind}, fewer than the {slots} processes that share them: "
@@ -306,29 +364,34 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
     if labelled and builder.name == "parquet" and local:  # datasets takes the first split's features for all
         features = datasets.Features.from_arrow_schema(pq.read_schema(builder.config.data_files[args.split][0]))
     read = partial(read_classes, args, whole, label_column, features, num_classes)
-    try:
-        classes = patiently(read, args.dataset, args.patience) if labelled else None
-    except ServerGoneError as error:
-        raise UserError(str(error)) from error
-    return Source(data, image_column, label_column, count, args.dataset, classes, args.patience, files, side)
+    source.classes = patiently(read, args.dataset, args.patience) if labelled else None
+    if streams and builder.name == "webdataset":
+        source.tars = list(builder.config.data_files[args.split])
+    return source
 
 
-def count_images(builder, split):
-    """Images of a streamed split: from its metadata, from Parquet footers or tar headers on disk; None if unknown."""
-    import pyarrow.parquet as pq
-
+def count_images(builder, split, row_groups=None):
+    """Images of a streamed split: from its metadata, from Parquet footers or tar headers on disk; None if unknown.
+    Raises UserError for a tar that is cut short."""
+    if row_groups is not None:
+        return row_groups.num_rows
     info = (builder.info.splits or {}).get(split)
     if info is not None and info.num_examples:
         return info.num_examples
     files = [str(f) for f in (builder.config.data_files or {}).get(split, ["unknown"])]
     if not all(Path(f).is_file() for f in files):
         return None
-    if builder.name == "parquet":
-        return sum(pq.read_metadata(f).num_rows for f in files)
     count = 0
     for name in files:
-        with tarfile.open(name) as tar:  # one sample is a run of members that share their path up to the first dot
-            keys = [re.match(r"((?:.*/|)[^.]+)[.]", m.name) for m in tar if m.isfile()]
+        try:
+            with tarfile.open(name) as tar:  # one sample is a run of members that share their path up to the first dot
+                keys = [re.match(r"((?:.*/|)[^.]+)[.]", m.name) for m in tar if m.isfile()]
+                tar.fileobj.seek(tar.offset)
+                if len(tar.fileobj.read(512)) not in (0, 512):  # which tarfile takes for the end
+                    raise tarfile.ReadError("truncated header")
+        except (tarfile.TarError, EOFError) as error:
+            why = str(error).splitlines()[-1]
+            raise UserError(f"tar {name} is damaged or cut short: {why}; replace it, or move it away") from error
         count += sum(1 for _ in itertools.groupby(k.group(1) for k in keys if k))
     return count
 

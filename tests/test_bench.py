@@ -7,12 +7,12 @@ import pytest
 import torch
 from launch import launch, succeeded
 
-from bench import baseline
+from bench import baseline, scale
 from cae import CAEConfig
 
 TINY = ["bench/bench.py", "--size", "nano", "--batch-size", "2", "--images", "3", "--repeats", "1", "--seconds", "0"]
-ROWS = {"masks", "decode", "transform", "data", "data-released", "teacher", "encoder", "regressor", "optimizer", "step",
-        "train"}  # fmt: skip
+ROWS = {"masks", "decode", "transform", "data", "data-timm", "data-released", "small", "small-timm", "small-released",
+        "stream", "teacher", "encoder", "regressor", "optimizer", "step", "train"}  # fmt: skip
 CAE_ROWS = ("encoder", "regressor", "alignment", "step")
 COUNTED = {"encoder", "regressor", "alignment", "step", "step-bf16", "train"}
 
@@ -45,7 +45,10 @@ def test_every_row_is_reported(method):
     flags = ["--target", "pixels", "--only", *CAE_ROWS, "cost"] if method == "cae" else []
     result, lines = report("--method", method, *flags, warm=method == "cae")
     rows, bf16 = result["rows"], bool(result["cpu_bf16"])
-    expected = set(CAE_ROWS) if method == "cae" else ROWS | ({"teacher-bf16", "step-bf16"} if bf16 else set())
+    expected = set(CAE_ROWS)
+    if method == "cae-v2":
+        expected = ROWS | ({"teacher-bf16", "step-bf16"} if bf16 else set())
+        expected |= {"crop", "small-crop"} if result["turbojpeg"] else set()
     assert set(rows) == expected
     for name, row in rows.items():
         ours = {key: value for key, value in row.items() if key not in ("spread", "cpu_spread", "data_wait")}
@@ -66,3 +69,14 @@ def test_a_baseline_that_computes_something_else_is_refused(monkeypatch):
     monkeypatch.setattr(baseline.nn, "GELU", lambda: torch.nn.functional.silu)
     with pytest.raises(AssertionError, match=r"the baseline is off by .* in cae-v2"):
         baseline.check_equal()
+
+
+def test_the_part_of_many_images(tmp_path, monkeypatch):
+    """Few of them here: every part measures something, and a part that fails is named without ending the others."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    for name, *size in (("folder", 1200), ("groups", 60, 4), ("order", 3000, 2), ("stream", 5120, 10)):
+        found = scale.PARTS[name](tmp_path / name, *size)
+        assert found and all(math.isfinite(value) and value >= 0 for value in found.values()), (name, found)
+    lines = []
+    found = scale.measure_all((("groups", 2, 1),), lambda line, **_: lines.append(line))
+    assert "Sample larger than population" in found["groups 2 1"]["error"] in lines[0] and len(lines) == 1

@@ -20,6 +20,7 @@ from engine.arguments import (
     parse,
     require_not_negative,
     require_positive,
+    resolve_images,
 )
 from engine.checkpoints import (
     Progress,
@@ -140,7 +141,7 @@ def test_the_split_to_evaluate_on(tmp_path):
         assert (ours.num_images, val.num_images) == (8, 4)
         assert labelled(tmp_path, streaming, split="validation")[1].num_images == 2
         assert labelled(tmp_path, streaming, val_split="test")[1].num_images == 2
-    assert labelled(tmp_path, True)[0].data.num_shards == 2, "on disk a shard is a row group"
+    assert labelled(tmp_path, True)[0].num_shards == 2, "on disk a shard is a row group"
     assert ours.name == val.name == str(tmp_path)
     with pytest.raises(UserError, match="has 2 shards, fewer than the 3 processes"):
         labelled(tmp_path, True, world=3)
@@ -385,7 +386,7 @@ def test_a_range_of_a_file_comes_whole(monkeypatch):
     monkeypatch.setattr(engine.network, "hf_raise_for_status", lambda answer: None)
     monkeypatch.setattr(engine.network.hub_constants, "HF_HUB_DOWNLOAD_TIMEOUT", 17)
     fs = SimpleNamespace(token="hf_secret", url=lambda path: f"https://hub/{path}")
-    fetch = partial(HubFile._fetch_range, SimpleNamespace(path="owner/name/a.tar", fs=fs))
+    fetch = partial(HubFile._fetch_range, SimpleNamespace(path="owner/name/a.tar", fs=fs, size=100))
     answers += [SimpleNamespace(status_code=206, content=whole[10:30]), SimpleNamespace(status_code=200, content=whole)]
     assert fetch(10, 30) == fetch(10, 30) == whole[10:30]
     assert asked == [("https://hub/owner/name/a.tar", "bytes=10-29", "Bearer hf_secret", 17)] * 2
@@ -393,6 +394,9 @@ def test_a_range_of_a_file_comes_whole(monkeypatch):
         answers.append(SimpleNamespace(status_code=206, content=content))
         with pytest.raises(NetworkError, match=f"{len(content)} bytes came instead of 20"):
             fetch(10, 30)
+    answers.append(SimpleNamespace(status_code=200, content=b"<html>" * 20))
+    with pytest.raises(NetworkError, match="120 bytes came instead of 100"):
+        fetch(10, 30)
 
 
 def test_files_of_the_hub_share_what_they_know(monkeypatch):
@@ -428,7 +432,7 @@ def test_checkpoints_are_named_by_their_step(tmp_path):
     assert names == ["step_00000003", "step_00000020", "step_123456789"]
 
 
-def saved(folder, step=4, places=("a",), accelerator=None, **trainer):
+def saved(folder, step=4, places=({"seen": 1},), accelerator=None, **trainer):
     """A checkpoint with these positions of part 0, 1, ... or {part: position}."""
     accelerator = accelerator or alone(save_state=state_of_two_files)
     places = places if isinstance(places, dict) else dict(enumerate(places))
@@ -444,7 +448,7 @@ def state_of_two_files(folder):
 
 def test_a_checkpoint_is_summed_whole(tmp_path):
     """Every file but the sums themselves, also within a folder; a change to any is noticed."""
-    checkpoint = saved(tmp_path, places=("a", "b"), bad_steps=2)
+    checkpoint = saved(tmp_path, places=({"seen": 1}, {"seen": 2}), bad_steps=2)
     lines = (checkpoint / "SHA256SUMS").read_text().splitlines()
     files = {"weights/part_0", "model.safetensors", "trainer.json", "data_0.json", "data_1.json"}
     assert {line.split("  ")[1]: line.split("  ")[0] for line in lines} == {
@@ -995,13 +999,26 @@ def test_limits_of_numbers():
     assert vars(group) == {"some_value": -1e-9, "other": 5}
 
 
-def test_a_share_of_the_cores(monkeypatch):
+def test_a_share_of_the_cores(monkeypatch, tmp_path):
+    """Those that this process may use; of a container that is given fewer, these. Loading processes follow them."""
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(engine.arguments, "CPU_QUOTA", quota)
     monkeypatch.setattr(engine.arguments.os, "sched_getaffinity", lambda pid: range(12), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    for text, cores in (("max 100000", 12), ("400000 100000", 4), ("50000 100000", 1), ("9900000 9", 12), ("", 12)):
+        quota.write_text(text)
+        assert cores_per_process() == cores
+    quota.unlink()
     for processes, cores in (("1", 12), ("4", 3), ("5", 2), ("100", 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
         assert cores_per_process() == cores
     monkeypatch.delenv("LOCAL_WORLD_SIZE")
     assert cores_per_process() == 12
+    for cores, workers in ((1, 1), (12, 12), (31, 31), (200, 32)):
+        monkeypatch.setattr(engine.arguments, "cores_per_process", lambda: cores)  # noqa: B023
+        data = DataArgs()
+        resolve_images(data)
+        assert data.workers == workers
 
 
 def test_a_run_folder_is_named_after_one_origin():

@@ -21,8 +21,8 @@ import probe
 import train
 
 # Arrows run only downwards: a file imports from those before it. The four scripts do not import each other.
-ENGINE = ["errors", "files", "seeds", "arguments", "images", "network", "sources", "stream", "frozen", "checkpoints",
-          "log", "run", "evaluation"]  # fmt: skip
+ENGINE = ["errors", "files", "seeds", "arguments", "turbojpeg", "images", "network", "folders", "parquet", "sources",
+          "stream", "frozen", "checkpoints", "log", "run", "evaluation"]  # fmt: skip
 SCRIPTS = ["train", "probe", "finetune"]
 
 

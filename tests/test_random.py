@@ -1,10 +1,12 @@
 """Randomness: which draws differ from which, by what a run is known again, and what of it may differ on a resume."""
 
+import engine.stream
 from engine.arguments import DataArgs, RunArgs, flat, marks_of, parse
 from engine.checkpoints import load_checkpoint, plan_resume
 from engine.errors import UserError
+from engine.seeds import KeyedPermutation
 from engine.sources import Source, open_source
-from engine.stream import Stream, one_pass
+from engine.stream import RowChunks, Stream, one_pass
 
 import hashlib
 import json
@@ -64,6 +66,72 @@ def test_every_image_has_a_seed_of_its_own_in_every_pass_and_run(shards, streami
     seeds = [[[batch["seeds"].item() for batch in batches] for batches in passes_of(stream_of(source, seed), 128, 2)]
              for seed in (0, 1)]  # fmt: skip
     assert len({s for run in seeds for one in run for s in one}) == 2 * 2 * 128
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 17, 64, 65, 1000, 4097, 70_000])
+def test_a_permutation_without_memory_is_one(n):
+    for parts in ((0, 0), (0, 1), (7, 3)):
+        permutation = KeyedPermutation(n, *parts)
+        order = [permutation[i] for i in range(n)]
+        assert sorted(order) == list(range(n))
+        assert order == [KeyedPermutation(n, *parts)[i] for i in range(n)]
+        if n >= 17:
+            assert order != [KeyedPermutation(n, parts[0], parts[1] + 1)[i] for i in range(n)]
+
+
+def test_a_permutation_without_memory_mixes():
+    """Of 4,000 permutations of 100 each number comes to a place about 40 times (chi-squared of 99 degrees of freedom),
+    and neighbours are as far from each other as strangers."""
+    n, orders = 100, [KeyedPermutation(100, 0, epoch) for epoch in range(4000)]
+    for place in (0, 1, 50, 99):
+        counts = torch.bincount(torch.tensor([order[place] for order in orders]), minlength=n)
+        assert 99 - 5 * 14.1 < ((counts - 40) ** 2 / 40).sum() < 99 + 5 * 14.1
+    large = KeyedPermutation(400_000_000, 3, 1)
+    found = torch.tensor([large[i] for i in range(3000)], dtype=torch.float64) / 400_000_000
+    assert (found.diff().abs().mean() - 1 / 3).abs() < 0.03 and (found.mean() - 0.5).abs() < 0.03
+
+
+class Many:
+    """As many rows as it takes, none of which is read."""
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+
+def test_the_order_of_a_pass_takes_four_bytes_an_image_of_this_process():
+    n = 14_200_000
+    rows = RowChunks(Source(Many(n), "image", None, n, "here"), Numbers(), 256, 0, 3, 8)
+    for epoch, last in ((0, 0), (1, n // 8 - 1)):
+        whole = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(0, epoch)))
+        assert [rows.row(epoch, i) for i in (0, 1, 77, last)] == [whole[3 + 8 * i] for i in (0, 1, 77, last)]
+    held = rows.kept[1].untyped_storage().nbytes()
+    assert held == 4 * n // 8
+
+
+def test_very_many_images_have_an_order_without_memory(monkeypatch):
+    """Every one is still seen once in a pass; and a run that was begun before goes on in the order that it had."""
+    source, monkey = in_memory([png(n) for n in range(23)]), monkeypatch.setattr
+    numbers = lambda stream, count=46: [next(stream)["numbers"].item() for _ in range(count)]  # noqa: E731
+    before = stream_of(source)
+    expected = numbers(stream_of(source))
+    assert numbers(before, 11) == expected[:11]
+    monkey(engine.stream, "IN_MEMORY", 20)
+    data = DataArgs(batch_size=1, workers=0)
+    assert numbers(Stream(source, Numbers(), data, 0, state=before.state_dict()), 35) == expected[11:]
+    keyed = stream_of(source)
+    found = numbers(keyed, 11)
+    state = keyed.state_dict()
+    found += numbers(Stream(source, Numbers(), data, 0, state=state), 35)
+    assert found != expected and found[:23] != found[23:]
+    assert sorted(found[:23]) == sorted(found[23:]) == list(range(23))
+    parts = [numbers(stream_of(source, rank=rank, world=2), 11 + (rank == 0)) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == list(range(23))
+    monkey(engine.stream, "IN_MEMORY", 30)
+    with pytest.raises(UserError, match="divides the data otherwise"):
+        Stream(source, Numbers(), data, 0, state=state)
 
 
 def test_every_pass_on_disk_has_an_order_of_its_own():
@@ -266,8 +334,8 @@ def test_one_percent_of_bad_files_is_the_most_in_an_evaluation():
 # What a run that goes on may change.
 
 FREE = {"run_dir", "resume", "resume_changed", "log_every", "checkpoint_every", "keep", "milestone_every", "tracker",
-        "compile", "checkpoint_blocks", "workers", "timeout", "patience", "max_bad_steps", "checkpoint", "beside",
-        "push_to_hub"}  # fmt: skip
+        "compile", "compile_teacher", "checkpoint_blocks", "workers", "timeout", "patience", "max_bad_steps",
+        "checkpoint", "beside", "push_to_hub"}  # fmt: skip
 BEGINS_ANEW = {"dataset", "split", "image_column", "streaming", "val_fraction", "num_images", "seed", "batch_size",
                "parts", "shuffle_window", "interleave"}  # fmt: skip
 

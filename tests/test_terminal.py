@@ -2,9 +2,9 @@
 
 import engine.errors
 import engine.log
-from engine.arguments import parse
+from engine.arguments import ImagesArgs, parse
 from engine.errors import command_line, stop_workers
-from engine.log import Log, Status
+from engine.log import Log, Status, WaitingNote
 from engine.run import Peers, Run
 from engine.stream import Stream
 
@@ -127,6 +127,42 @@ def slow_stream(monkeypatch, text, *patterns):
 
 
 # ------------------------------------------------------------------------------------------------------- while it runs
+
+
+@pytest.mark.parametrize(("flags", "remedy"), [
+    ({"workers": 2}, "--workers 6 would load on all 6 cores of each process instead of 2"),
+    ({"workers": 6, "streaming": True, "dataset": "some/pictures"}, "--no-streaming would read from a copy on disk; "),
+    ({"workers": 6}, "6 loading processes share 6 cores: more or faster cores for each process would help, images"),
+])  # fmt: skip
+def test_a_run_that_waits_for_its_data_says_so_once(flags, remedy, monkeypatch, capsys):
+    """If it is more than a tenth of the time, the beginning left out."""
+    monkeypatch.setattr(engine.log, "cores_per_process", lambda: 6)
+    told = lambda: capsys.readouterr().err  # noqa: E731
+    note = WaitingNote(ImagesArgs(**{"dataset": "demo", **flags}))
+    for seconds, waited in ((40, 40), (20, 2.0), (20, 2.0), (29, 29)):  # begins; a tenth of 40 s; is not judged yet
+        note.add(seconds, waited)
+        assert not told()
+    note.add(1, 1)
+    line = told()
+    assert line.startswith(f"note: 100% of the time there are no data to train on: {remedy}") and line.count("\n") == 1
+    for _ in range(5):
+        note.add(100, 100)
+        assert not told()
+
+
+def test_the_loop_tells_how_long_it_waited(tmp_path, monkeypatch, capsys):
+    """The main process, between two lines of the log."""
+    following, heard = Stream.__next__, []
+
+    def slow(stream):
+        time.sleep(0.05)
+        return following(stream)
+
+    monkeypatch.setattr(Stream, "__next__", slow)
+    monkeypatch.setattr(WaitingNote, "add", lambda note, seconds, waited: heard.append((seconds, waited)))
+    run(tmp_path / "run", "--log-every", "1")
+    assert len(heard) == len(log_of(tmp_path / "run")) > 2
+    assert all(0.1 < waited < seconds for seconds, waited in heard)
 
 
 def test_the_first_line_comes_with_the_first_step(tmp_path, output, silent_log):

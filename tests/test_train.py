@@ -6,7 +6,7 @@ from engine.arguments import DataArgs, RunArgs, flat, marks_of, parse
 from engine.checkpoints import make_run_dir, plan_resume
 from engine.errors import RunError, UserError
 from engine.files import publish, replace_files, write_text
-from engine.frozen import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
+from engine.frozen import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, compiled_if_possible
 from engine.images import ColorJitter, decode, normalize
 from engine.run import Length, length_of_run
 from engine.seeds import seed_of
@@ -220,6 +220,47 @@ def test_a_compiled_teacher_gives_the_same_targets(tmp_path, graphs, size):
     assert len(graphs) == 2
     pixel_teacher().compile_network()
     assert len(graphs) == 2
+
+
+def test_a_teacher_is_compiled_where_that_is_possible(graphs, monkeypatch, capsys):
+    """On a GPU by default. Where it is not, the run goes on with the teacher as it was."""
+    teacher, pixels, cpu = clip_teacher(16), torch.rand(2, 3, 32, 32), torch.device("cpu")
+    compiled = compiled_if_possible(teacher, (2, 3, 32, 32), cpu)
+    assert len(graphs) == 1 and compiled is not teacher and not capsys.readouterr().err
+    torch.testing.assert_close(compiled(pixels), teacher(pixels), rtol=0, atol=1e-5)
+    runs = [module for module in compiled.modules() if module._compiled_call_impl is not None]
+    assert len(runs) == 1 and not any(module._compiled_call_impl for module in teacher.modules())
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **options: (_ for _ in ()).throw(RuntimeError("no")))
+    assert compiled_if_possible(teacher, (2, 3, 32, 32), cpu) is teacher
+    told = capsys.readouterr().err
+    assert told.startswith("note: the teacher cannot be compiled (no) and runs as it is") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(("device", "flags", "tried"), [
+    ("cpu", [], 0), ("cuda", [], 1), ("cuda", ["--no-compile-teacher"], 0), ("cuda", ["--compile"], 0),
+])  # fmt: skip
+def test_who_compiles_the_teacher(device, flags, tried, graphs, monkeypatch, tmp_path):
+    """By default that on a GPU, tried on one batch; --compile that on any device, and the model."""
+    calls = []
+
+    class Tried(Exception):  # noqa: N818 (no error)
+        """As far as this goes."""
+
+    class Elsewhere(train.Run):
+        device = property(lambda run: torch.device(device), lambda run, value: None)
+
+        def header(self, *args):
+            raise Tried
+
+    monkeypatch.setattr(train, "Run", Elsewhere)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *args: module)
+    monkeypatch.setattr(train, "compiled_if_possible", lambda *args: calls.append(args) or args[0])
+    command = ["--dataset", "demo", "--workers", "0", "--batch-size", "6", "--effective-batch-size", "6", *flags]
+    with pytest.raises(Tried):
+        train.train(parse(train.Args, [*command, "--run-dir", str(tmp_path / "run")]))
+    assert [(shape, str(on)) for _, shape, on in calls] == [((6, 3, 28, 28), device)] * tried
+    assert len(graphs) == 2 * ("--compile" in flags)
 
 
 def test_pixel_teacher_orders_as_mae():

@@ -41,6 +41,7 @@ class PeerError(RunError):
     """Another process of this run died or does not answer: nothing that waits for it may follow."""
 
 
+LONGEST_SOCKET_FOLDER = 85  # bytes; a path of 104 to 108 with /listener-XXXXXXXX. Beyond, nothing would ever come
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # a preempted machine, Slurm, Ctrl-C
 BAD_PICKLE = "it is damaged, or holds more than tensors and plain data; nothing in it was executed"
 
@@ -132,9 +133,14 @@ def remove_temporary_folders():
 
 
 def share_temporary_folder():
-    """One for the sockets of all loading processes, which are killed and leave theirs behind: to be called before they
-    are forked."""
-    temporary_folders.add(multiprocessing.util.get_temp_dir())  # which removes it at a proper end
+    """One for the sockets of all loading processes, which are killed and would leave theirs behind: to be called before
+    they are forked."""
+    folder = multiprocessing.util.get_temp_dir()  # the first call makes one, to be removed at a proper end
+    require(len(os.fsencode(folder)) <= LONGEST_SOCKET_FOLDER,
+            f"the temporary folder {folder} has too long a path for the sockets of loading processes: set TMPDIR to "
+            "a shorter one")  # fmt: skip
+    os.makedirs(folder, mode=0o700, exist_ok=True)  # weeks later whoever tidies /tmp may have taken it
+    temporary_folders.add(folder)
 
 
 @contextmanager

@@ -22,7 +22,6 @@ from engine.errors import (
     first_line,
     printable,
     require,
-    share_temporary_folder,
     speaks_for_others,
 )
 from engine.files import write_text
@@ -172,7 +171,6 @@ class Run:
     def __init__(self, args, project="cae"):
         """args: a script's, with the groups `run` and `data`; project: the tracker's name for such runs."""
         self.began, self.args, self.project = time.perf_counter(), args, project
-        share_temporary_folder()
         self.accelerator, self.precision = make_accelerator(args.run, args.data, getattr(args.run, "tracker", "none"))
         self.device, self.is_main = self.accelerator.device, self.accelerator.is_main_process
         self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes

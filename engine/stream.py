@@ -6,7 +6,15 @@ chunks to batches. Every chunk says at which position its worker stands "after" 
 """
 
 from engine.arguments import ImagesArgs
-from engine.errors import STOP_SIGNALS, BadFilesError, LoadingError, ServerGoneError, UserError, first_line
+from engine.errors import (
+    STOP_SIGNALS,
+    BadFilesError,
+    LoadingError,
+    ServerGoneError,
+    UserError,
+    first_line,
+    share_temporary_folder,
+)
 from engine.images import decode, view_of_part
 from engine.network import NetworkError, Outage
 from engine.seeds import KeyedPermutation, permutation, seed_of
@@ -222,6 +230,7 @@ class ChunkReader:
     def __init__(self, source, view, data, seed, part, parts, position=None, first_pass=0, readers=None, keyed=False):
         import torchvision.io  # noqa: F401 (here, or each loading process would import it for itself)
 
+        share_temporary_folder()
         self.source, self.in_process = source, not data.workers
         # images of a pass by which bad files are judged: of this part or, in an evaluation, of all
         self.images = max(1, (source.num_images or 1000) // (1 if seed is None else parts))

@@ -5,7 +5,7 @@ import engine.checkpoints
 import engine.sources
 from engine.arguments import DataArgs
 from engine.checkpoints import checkpoints, damage, lock_run_dir
-from engine.errors import UserError, markdown, printable
+from engine.errors import UserError, markdown, printable, share_temporary_folder
 from engine.log import Log
 from engine.run import Run
 from engine.sources import open_source
@@ -14,12 +14,17 @@ import errno
 import fcntl
 import hashlib
 import json
+import multiprocessing.util
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -318,13 +323,19 @@ convert.main()
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.fixture
+def short_folder():
+    """A temporary one whose path does not grow with the test's."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("end", ["done", "stopped", "interrupted"])
-def test_no_folder_stays_in_the_temporary_one(end, tmp_path):
+def test_no_folder_stays_in_the_temporary_one(end, tmp_path, short_folder):
     """Those of loading processes, which are killed at the end: also where the trainer ends without one."""
-    (tmp_path / "tmp").mkdir()
     act = "os.kill(os.getpid(), signal.SIGTERM)"
     (tmp_path / "script.py").write_text(WRAPPED + f"""
-os.environ["TMPDIR"] = tempfile.tempdir = {str(tmp_path / "tmp")!r}
+os.environ["TMPDIR"] = tempfile.tempdir = {str(short_folder)!r}
 
 def told(log, values, *options):
     write(log, values, *options)
@@ -343,7 +354,25 @@ write, engine.run.Log.write, probe.knn_rows = engine.run.Log.write, told, rows
     process = launch(tmp_path / "script.py", *command, "--workers", "2", "--run-dir", tmp_path / "run", warm=True)
     assert process.returncode == (143 if end == "interrupted" else 0), process.stderr
     assert ("stopped by SIGTERM" in process.stdout) == (end == "stopped")
-    assert not list((tmp_path / "tmp").glob("pymp-*"))
+    assert not list(short_folder.glob("pymp-*"))
+
+
+def test_a_path_that_is_too_long_for_sockets_is_told(monkeypatch, short_folder):
+    """Nothing would come from loading processes, for ever."""
+    for length, fits in ((85, True), (86, False)):
+        folder = f"{short_folder}/".ljust(length, "x")
+        monkeypatch.setattr(multiprocessing.util, "get_temp_dir", lambda: folder)  # noqa: B023
+        with nullcontext() if fits else pytest.raises(UserError, match="set TMPDIR to a shorter one"):
+            share_temporary_folder()
+
+
+def test_a_folder_that_somebody_tidied_away_is_made_again():
+    """Loading processes without one would give nothing, for ever."""
+    share_temporary_folder()
+    folder = multiprocessing.util.get_temp_dir()
+    shutil.rmtree(folder)
+    share_temporary_folder()
+    assert multiprocessing.util.get_temp_dir() == folder and os.path.isdir(folder)
 
 
 # ------------------------------------------------------------------------------------------ values that nobody can mean

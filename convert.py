@@ -3,7 +3,6 @@
     python convert.py --checkpoint runs/cae-v2-base --to beit --output runs/beit
 """
 
-from engine.arguments import require_possible
 from engine.errors import (
     BAD_PICKLE,
     RunError,
@@ -683,6 +682,8 @@ def export(args):
 
 
 def main():
+    from engine.arguments import require_possible
+
     import tyro
 
     args = tyro.cli(Export)

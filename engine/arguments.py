@@ -167,7 +167,7 @@ def parse(kind, argv=None, **options):
 
 
 DECADE = 5_256_000  # minutes: what torch adds to its clock does not overflow
-LARGEST = {"seed": 2**63 - 1, "patience": DECADE, "timeout": DECADE, "workers": 1024, "parts": 2**16,
+LARGEST = {"seed": 2**63 - 1, "patience": DECADE, "timeout": DECADE, "epochs": 10**9, "workers": 1024, "parts": 2**16,
            "batch_size": 2**20, "image_size": 2**14, "num_classes": 10**7}  # fmt: skip
 
 
@@ -175,16 +175,18 @@ def require_possible(values):
     """{flag name: value}: numbers that nobody can mean, and a run folder that cannot be, are told before anything is
     loaded. Raises UserError."""
     for name, value in values.items():
-        flag, limit = f"--{name.replace('_', '-')}", LARGEST.get(name, 10**12)
+        flag = f"--{name.replace('_', '-')}"
         for number in value if isinstance(value, tuple) else (value,):
-            if isinstance(number, (int, float)):
+            if isinstance(number, float):
                 require(math.isfinite(number), f"{flag} is {number}: it must be a finite number")
-                require(abs(number) <= limit, f"{flag} is {number:.4g}: it must not go beyond {limit:,}")
+            if isinstance(number, (int, float)):
+                limit = LARGEST.get(name, 10**12 if isinstance(number, int) else math.inf)
+                require(abs(number) <= limit, f"{flag} is {number}: it must not go beyond {limit:,}")
     try:
         run_dir = values.get("run_dir")
         require(run_dir != "", "--run-dir is empty: name a folder, or leave it out")
         Path(run_dir or ".").expanduser().stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # which is told with what it is
         pass
     except OSError as error:
         raise UserError(f"--run-dir {run_dir[:100]} cannot be a folder: {error.strerror}; choose another") from error

@@ -140,6 +140,8 @@ def share_temporary_folder():
             f"the temporary folder {folder} has too long a path for the sockets of loading processes: set TMPDIR to "
             "a shorter one")  # fmt: skip
     os.makedirs(folder, mode=0o700, exist_ok=True)  # weeks later whoever tidies /tmp may have taken it
+    if folder not in temporary_folders:
+        atexit.register(os.makedirs, folder, 0o700, True)  # the removal, which comes then, wants to find it
     temporary_folders.add(folder)
 
 

@@ -318,8 +318,8 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
         # Parquet's shards are row groups: always on disk; on the Hub, where a footer costs a request, if files are few.
         files, row_groups = list(builder.config.data_files[args.split]) if builder.name == "parquet" else [], None
         if files and local:
-            columns = [column for column in (image_column, label_column) if column]
-            row_groups = RowGroups(files, columns, data.features)  # also for what it checks
+            columns = {image_column, label_column} - {None}
+            row_groups = RowGroups(files, sorted(columns), data.features)  # also for what it checks
         first = next(iter(row_groups or data), None)
         if first is None:
             raise UserError(f"split {args.split} of data set {args.dataset} holds no images")

@@ -863,6 +863,7 @@ def test_work_that_checks_ends_all_processes_or_none(monkeypatch):
 
     run = object.__new__(Run)
     run.accelerator = alone(main_process_first=main_process_first)
+    run.args = SimpleNamespace(run=SimpleNamespace(resume="never"), data=None)
     with run.main_process_first():
         order.append("work")
     with pytest.raises(UserError, match="mine"), run.main_process_first():

@@ -12,7 +12,7 @@ from itertools import accumulate
 ROWS = 32  # that are decoded at once
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=128)
 def footer_of(file, written):
     """What a file says of itself, as it was `written`; with many row groups that takes a while to read."""
     import pyarrow.parquet as pq

@@ -102,7 +102,7 @@ class Many:
 
 
 def test_the_order_of_a_pass_takes_four_bytes_an_image_of_this_process():
-    n = 14_200_000
+    n = 2_000_000
     rows = RowChunks(Source(Many(n), "image", None, n, "here"), Numbers(), 256, 0, 3, 8)
     for epoch, last in ((0, 0), (1, n // 8 - 1)):
         whole = torch.randperm(n, generator=torch.Generator().manual_seed(seed_of(0, epoch)))

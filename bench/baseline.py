@@ -93,9 +93,6 @@ class TimmView(PlainView):
             interpolation="bicubic", hflip=args.recipe.flip, color_jitter=args.recipe.color_jitter or None,
         )  # fmt: skip
 
-    def __call__(self, image):
-        return self.transform(image), torch.from_numpy(self.mask().flatten())
-
 
 class ReleasedView(PlainView):
     """As the released code does it: the whole image is jittered and flipped, then cropped; the crop is normalised, and

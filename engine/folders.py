@@ -15,12 +15,13 @@ import re
 import time
 from collections import Counter
 from contextlib import suppress
+from itertools import accumulate, pairwise
 from pathlib import Path
 
 IMAGES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 IGNORED = {"", ".db", ".ini", ".md5", ".txt"}  # of files that mean nothing to datasets beside images
 KINDS = IMAGES | IGNORED
-SHARDED = re.compile(r"data/[^/]*-\d{5}-of-\d{5}")  # a name that datasets looks for first
+SHARDED = re.compile(r"-\d{5}-of-\d{5}")  # of names in data/ that datasets looks for first
 # datasets' words for splits: a folder whose name is one of them, begins, ends or goes on with it after one of "-._ 0-9"
 SPLITS = {
     "train": ("train", "training"),
@@ -56,16 +57,18 @@ class ImageFolder:
         root = Path(root).expanduser().resolve()
         cache = Path(datasets.config.HF_DATASETS_CACHE) / "image_folders"
         file = cache / f"{hashlib.blake2b(os.fsencode(root), digest_size=16).hexdigest()}.arrow"
-        listing = read_listing(file)
+        listing, table = read_listing(file), None
         if listing is None or not is_current(root, listing, must_be_settled=speaks_for_others()):
             table = list_folder(root)
+            listing = listing_of(table.schema)
             with suppress(OSError):  # a full or read-only cache: in memory then
                 write_listing(file, table)
-            listing, whole = listing_of(table.schema), read_listing(file)
-            table = None if whole == listing else datasets.table.InMemoryTable(table)
+                if read_listing(file) == listing:  # not another process's
+                    table = None
+        if table is None:
+            self.data = datasets.Dataset.from_file(str(file))
         else:
-            table = None
-        self.data = datasets.Dataset.from_file(str(file)) if table is None else datasets.Dataset(table)
+            self.data = datasets.Dataset(datasets.table.InMemoryTable(table))
         self.splits = listing["splits"]
 
     def as_dataset(self, split):
@@ -88,8 +91,8 @@ def list_folder(root):
     splits = splits_of(files)
     names = class_names(splits, root.name)
     rows = [path for paths in splits.values() for path in paths]
-    ends = [sum(len(paths) for paths in list(splits.values())[: i + 1]) for i in range(len(splits))]
-    listing = {"splits": dict(zip(splits, zip([0, *ends], ends, strict=False), strict=True)),
+    ends = [0, *accumulate(map(len, splits.values()))]
+    listing = {"splits": dict(zip(splits, pairwise(ends), strict=True)),
                "folders": folders, "listed": began}  # fmt: skip
     features = {"image": datasets.Image(decode=False)}
     prefix = "" if root == Path("/") else root.as_posix()
@@ -100,7 +103,7 @@ def list_folder(root):
     columns = [pa.StructArray.from_arrays([pa.nulls(len(rows), pa.binary()), paths], ["bytes", "path"])]
     if names:
         number = {name: i for i, name in enumerate(names)}
-        columns.append(pa.array([number[label_of(path, root.name)] for path in rows], pa.int64()))
+        columns.append(pa.array([number[label_of(path.rpartition("/")[0], root.name)] for path in rows], pa.int64()))
         features["label"] = datasets.ClassLabel(names=names)
     schema = datasets.Features(features).arrow_schema
     return pa.table(columns, schema.with_metadata({**schema.metadata, "listing": json.dumps(listing)}))
@@ -154,7 +157,7 @@ def split_of_folder(folder):
 def splits_of(files):
     """{split: its images in datasets' order} of {folder: names of files}. Raises NotCoveredError."""
     split_of = {folder: split_of_folder(folder) for folder in files}
-    if any(SHARDED.match(f"data/{name}") for name in files.get("data/", ())):
+    if any(SHARDED.search(name) for name in files.get("data/", ())):
         raise NotCoveredError
     if not any(split_of[folder] for folder, names in files.items() if names):
         if any(SPLIT_IN_FILE.search(name) for names in files.values() for name in names):
@@ -190,10 +193,9 @@ def kind_of(name):
     return kind
 
 
-def label_of(path, root):
-    """The name of the folder that an image lies in; `root` is the whole tree's."""
-    folder = path.rpartition("/")[0]
-    return folder.rpartition("/")[2] if folder else root
+def label_of(folder, root):
+    """The last name of a folder in a tree; `root` is the whole tree's."""
+    return folder.rpartition("/")[2] or root
 
 
 def class_names(splits, root):
@@ -202,7 +204,7 @@ def class_names(splits, root):
     names, depths, answers = set(), set(), set()
     for paths in splits.values():
         folders = {path.rpartition("/")[0] for path in paths}
-        names |= {label_of(f"{folder}/", root) if folder else root for folder in folders}
+        names |= {label_of(folder, root) for folder in folders}
         depths |= {f"{folder}/".count("/") if folder else 0 for folder in folders}
         answers.add(len(names) > 1 and len(depths) == 1)
     if len(answers) > 1:

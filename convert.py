@@ -91,7 +91,9 @@ def load_official(path_or_state_dict, **overrides):
     bare or as {"model": ...}; overrides, CAEConfig fields that the tensors cannot tell (heads, regressor_heads,
     align_weight, ...). Method, widths and depths are read from the tensors; heads default by SIZES.
     A file with nothing but the encoder, or without class token and final LayerNorm, gives a model whose other parts
-    are freshly initialised. What was assumed or freshly initialised is logged as a warning.
+    are freshly initialised; so are regressor and decoder whose attention is not as wide as they are, which is what the
+    flags of v1's large script make (1,020 of 1,024) and no model here. What was assumed or freshly initialised is
+    logged as a warning.
     Pickles are read with weights_only=True: nothing in them is executed.
     Raises: ValueError naming the missing, surplus or ill-shaped tensors of a damaged or unrelated file;
     FileNotFoundError.
@@ -99,6 +101,9 @@ def load_official(path_or_state_dict, **overrides):
     source = path_or_state_dict if isinstance(path_or_state_dict, (str, Path)) else "the state dict"
     released = {name.removeprefix("module."): tensor for name, tensor in _read_official(path_or_state_dict).items()}
     config, assumed = _config_of(released, source, overrides)
+    narrow = _narrow_attention(released)
+    if narrow:
+        released = {name: tensor for name, tensor in released.items() if name.startswith("encoder.")}
     model = CAE(config)
     state = model.state_dict()
     names = {released_name(name): name for name in state}
@@ -133,9 +138,23 @@ def load_official(path_or_state_dict, **overrides):
     if assumed:
         said = ", ".join(assumed)
         logger.warning("%s: assumed %s; pass them as keywords if they are others", printable(source), said)
+    if narrow:
+        fresh.pop(rest)
+        logger.warning("%s: attention %d wide in a regressor of %d, which is no CAE of the paper: only its encoder is "
+                       "taken, %s are freshly initialised", printable(source), *narrow, rest)  # fmt: skip
     if fresh:
         logger.warning("%s has no %s: freshly initialised", printable(source), " and no ".join(fresh))
     return model.eval()
+
+
+def _narrow_attention(released):
+    """Widths of the regressor's attention and of its input where the second is no multiple of the number of heads, else
+    None: 12 heads make 12 * 85 = 1020 of 1024."""
+    shapes = {tuple(w.shape) for name, w in released.items() if re.search(r"\.cross_attn\.[qkv]\.weight$", name)}
+    for inner, width in shapes if len(shapes) == 1 and len(*shapes) == 2 else ():
+        if inner != width and inner in [heads * (width // heads) for heads in range(1, width)]:
+            return inner, width
+    return None
 
 
 def _read_official(source):

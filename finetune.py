@@ -32,24 +32,28 @@ from engine.errors import RunError, command_line, first_line, markdown, printabl
 from engine.evaluation import PUBLISHED, accuracy, evaluation_batches, warn_if_seen
 from engine.files import write_text
 from engine.frozen import load_pretrained
-from engine.images import CenterCrop, crop_and_flip, normalize
+from engine.images import CenterCrop, crop_and_flip, crop_ratio, normalize
 from engine.run import Run, length_of_run
 from engine.sources import names_classes, open_labelled
 
 import copy
 import json
 import math
+import random
 import re
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from PIL import Image, ImageOps
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cae import IMAGENET_MEAN, IMAGENET_STD, SIZES, sincos_positions
@@ -107,8 +111,8 @@ class RecipeArgs:
     cutmix: AutoFloat = None
     """Beta distribution of cutmix. Default: 1; tiny and nano 0."""
     randaugment: AutoInt = None
-    """Magnitude of RandAugment's two operations, of torchvision's 31 bins; 0 for none. Default: 27, which is timm's m9
-    without its spread; nano 0."""
+    """Magnitude M of RandAugment, of 10, as in its name in timm, rand-mM-mstd0.5-inc1; 0 for none. Default: 9; nano
+    0."""
     erasing: AutoFloat = None
     """Probability of random erasing, with noise. Default: 0.25; nano 0."""
     crop_scale: Annotated[
@@ -116,7 +120,8 @@ class RecipeArgs:
     ] = None
     """Area of the random crop. Default: 0.08 1.0; nano 0.8 1.0."""
     crop_ratio: AutoFloat = None
-    """Evaluation: the crop's share of the resized shorter side. Default: 0.875 (224 of 256); 1 up to 64 pixels."""
+    """Evaluation: the crop's share of the resized shorter side. Default: 0.875 (224 of 256); 1 up to 64 pixels and from
+    384 on."""
     flip: float = 0.5
     """Probability of a horizontal flip."""
     ema: float = 0.0
@@ -210,10 +215,10 @@ def resolve(args, origin, world=1, images=None):
     fill(recipe, "label_smoothing", 0.0 if tiny else 0.1)
     fill(recipe, "mixup", 0.0 if nano else 0.2 if tiny else 0.8)
     fill(recipe, "cutmix", 0.0 if nano or tiny else 1.0)
-    fill(recipe, "randaugment", 0 if nano else 27)
+    fill(recipe, "randaugment", 0 if nano else 9)
     fill(recipe, "erasing", 0.0 if nano else 0.25)
     fill(recipe, "crop_scale", (0.8, 1.0) if nano else (0.08, 1.0))
-    fill(recipe, "crop_ratio", 1.0 if model.image_size <= 64 else 0.875)
+    fill(recipe, "crop_ratio", crop_ratio(model.image_size))
     effective, old = 32 if nano else 1024 if method == "cae-v2" else 4096, args_of_run(run)
     resolve_run(data, run, world, old, batch=128, effective=effective, epochs=float(epochs), images=images)
     if fitting_batch(effective, images) < effective:
@@ -230,7 +235,9 @@ def resolve(args, origin, world=1, images=None):
     require_not_negative(recipe, "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix")
     require_views(recipe)
     require_positive(recipe, "lr", "eval_every")
-    require(0 <= recipe.randaugment <= 30, f"--randaugment is {recipe.randaugment}: it must lie between 0 and 30")
+    require(0 <= recipe.randaugment <= 10, f"--randaugment is {recipe.randaugment}: it must lie between 0 and 10")
+    require(not recipe.randaugment or find_spec("timm"),
+            "--randaugment is timm's, which is not installed: pip install timm, or --randaugment 0")
     require(0 <= model.drop_path < 1, f"--drop-path is {model.drop_path}: it must lie in [0, 1)")
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
     require(not mixes or data.batch_size > 1,
@@ -394,6 +401,38 @@ def parameter_groups(model, layer_decay, weight_decay):
 # Views.
 
 
+def posterize(image, bits, **_):
+    """timm's. Pillow 13 refuses to keep no bit at all, which one image in 660 is to; it was black before."""
+    return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
+
+
+class RandAugment:
+    """timm's, by the recipe's own name: each of two operations with probability 0.5. uint8 (3, S, S) -> the same."""
+
+    def __init__(self, magnitude, size):
+        from timm.data.auto_augment import rand_augment_transform
+
+        grey = tuple(round(255 * channel) for channel in IMAGENET_MEAN)
+        self.augment = rand_augment_transform(f"rand-m{magnitude}-mstd0.5-inc1", {
+            "translate_const": int(0.45 * size), "img_mean": grey, "interpolation": Image.Resampling.BICUBIC,
+        })  # fmt: skip
+        for operation in self.augment.ops:
+            if operation.name == "PosterizeIncreasing":
+                operation.aug_fn = posterize
+
+    def __call__(self, image):
+        from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+
+        # It draws from Python's and numpy's generators. They follow torch's here, and others find them as they were.
+        python, numpy, seed = random.getstate(), np.random.get_state(), torch.randint(2**32, ()).item()
+        random.seed(seed)
+        np.random.seed(seed)
+        image = pil_to_tensor(self.augment(to_pil_image(image)))
+        random.setstate(python)
+        np.random.set_state(numpy)
+        return image
+
+
 class TrainView:
     """Random resized crop, flip, RandAugment; and where to erase. A pure function of the image and a seed."""
 
@@ -404,9 +443,7 @@ class TrainView:
 
         steps = crop_and_flip(size, recipe.crop_scale, recipe.flip)
         if recipe.randaugment:
-            grey = [round(255 * channel) for channel in IMAGENET_MEAN]
-            bilinear = v2.InterpolationMode.BILINEAR  # torchvision warps tensors no better
-            steps.append(v2.RandAugment(2, recipe.randaugment, 31, interpolation=bilinear, fill=grey))
+            steps.append(RandAugment(recipe.randaugment, size))
         self.transform, self.erasing = v2.Compose(steps), recipe.erasing
         self.box = v2.RandomErasing(1.0, scale=(0.02, 1 / 3), ratio=(0.3, 1 / 0.3), value=0)
 
@@ -443,10 +480,11 @@ def mixing(recipe, num_classes):
 
 
 def learning_rate(step, total, warmup, peak, final):
-    """Linear from 0 over `warmup` steps, then a cosine from peak to final at the last step."""
+    """Linear from 0 to the peak, which is that of the last of `warmup` steps, then a cosine, whose last step is one
+    short of the final rate. (The released table.)"""
     if step < warmup:
-        return peak * step / warmup
-    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup - 1, 1)))
+        return peak * step / max(warmup - 1, 1)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def classify(asked):
@@ -597,7 +635,7 @@ def image_processor(args):
 
     size = args.model.image_size
     return CLIPImageProcessor(
-        do_resize=True, size={"shortest_edge": round(size / args.recipe.crop_ratio)}, resample=3,
+        do_resize=True, size={"shortest_edge": int(size / args.recipe.crop_ratio)}, resample=3,
         do_center_crop=True, crop_size={"height": size, "width": size}, do_rescale=True, rescale_factor=1 / 255,
         do_normalize=True, image_mean=list(IMAGENET_MEAN), image_std=list(IMAGENET_STD), do_convert_rgb=True,
     )  # fmt: skip

@@ -36,7 +36,7 @@ from engine.checkpoints import args_of_run, fingerprint, make_run_dir, write_con
 from engine.errors import UserError, command_line, first_line, require
 from engine.evaluation import KS, PUBLISHED, accuracy, evaluation_batches, knn, warn_if_seen
 from engine.frozen import Frozen, Kind, load_frozen
-from engine.images import CenterCrop, crop_and_flip, to_device
+from engine.images import CenterCrop, crop_and_flip, crop_ratio, to_device
 from engine.run import Run, length_of_run
 from engine.seeds import permutation, seed_of
 from engine.sources import open_labelled
@@ -86,7 +86,8 @@ class EncoderArgs:
     image_size: AutoInt = None
     """Side of the square crop, in pixels. Default: the encoder's own."""
     crop_ratio: AutoFloat = None
-    """Evaluation: the crop's share of the resized shorter side. Default: 0.875 (224 of 256); 1 up to 64 pixels."""
+    """Evaluation: the crop's share of the resized shorter side. Default: 0.875 (224 of 256); 1 up to 64 pixels and from
+    384 on."""
     pixel_mean: Channels = None
     """Mean of the encoder's input. Default: ImageNet's, or what preprocessor_config.json says; CLIP's own for CLIP."""
     pixel_std: Channels = None
@@ -111,8 +112,8 @@ class HeadArgs:
 
     lr: Floats = ()
     """Base learning rates per 256 images. Each trains a head of its own beside the recipe's: linear and ep 0.1 (demo:
-    10 and 3; data too small for the recipe's batch: its peak of 6.4 and 1.6 at any batch), attentive 0.0125, which is
-    the paper's 0.4 at 8192."""
+    10 and 3; data too small for the recipe's batch: its peak, as 6.4 of linear, at any batch), attentive 0.0125, which
+    is the paper's 0.4 at 8192."""
     warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: a ninth of the run, 10 of 90 epochs."""
     momentum: float = 0.9
@@ -161,8 +162,9 @@ class ProbeData(DataArgs):
     batch_size: AutoInt = None
     """Images per process and forward pass. Default: 512, or the effective batch size's share if that is less."""
     effective_batch_size: AutoInt = None
-    """Images per step over all processes: features of several forward passes are joined. Default: linear 16384,
-    attentive 8192, ep 4096 (demo: 256); where a pass would be shorter than eight steps half of it, ... down to 32."""
+    """Images per step over all processes: features of several forward passes are joined. Default: linear 16384 (cae-v2
+    base and small 8192), attentive 8192, ep 4096 (demo: 256); where a pass would be shorter than eight steps half of
+    it, ... down to 32."""
 
 
 @dataclass
@@ -227,7 +229,7 @@ def resolve(args, encoder, world=1, images=None):
     size, patch = choice.image_size, encoder.patch_size
     require(size > 0 and size % patch == 0,
             f"--image-size {size} is not divisible by the encoder's patch of {patch} pixels")  # fmt: skip
-    fill(choice, "crop_ratio", 1.0 if small else 0.875)
+    fill(choice, "crop_ratio", crop_ratio(size))
     require(0 < choice.crop_ratio <= 1, f"--crop-ratio is {choice.crop_ratio}: it must lie in (0, 1]")
     fill(choice, "pixel_mean", encoder.mean)
     fill(choice, "pixel_std", encoder.std)
@@ -241,7 +243,7 @@ def resolve(args, encoder, world=1, images=None):
         require(probe.temperature and min(probe.temperature) > 0, "--temperature must be positive")
         return args
     task, demo = task_of(args), data.dataset == "demo"
-    effective = 256 if demo else RECIPE_BATCH[task]
+    effective = 256 if demo else recipe_batch(task, encoder)
     resolve_run(data, run, world, args_of_run(run), batch=512, effective=effective, epochs=90.0, images=images)
     probe.recipe_lr = (DEMO_LR if demo else RECIPE_LR)[task]
     if task != "attentive" and fitting_batch(effective, images) < effective:
@@ -298,14 +300,18 @@ def weights_of(encoder):
 
 
 class Augment:
-    """The view to train on: random resized crop and flip, nothing else. A pure function of the image and a seed."""
+    """The view to train on: random resized crop and flip, nothing else. A pure function of the image and a seed.
+
+    The released linear probe draws a crop's area and ratio once and cuts its sides to the image's: 0.518 of an image of
+    500 x 375 in the mean, where the usual crop, which all others have, is 0.435.
+    """
 
     names = ("images",)
 
-    def __init__(self, size, scale, flip):
+    def __init__(self, size, scale, flip, once):
         from torchvision.transforms import v2
 
-        self.transform = v2.Compose(crop_and_flip(size, scale, flip))
+        self.transform = v2.Compose(crop_and_flip(size, scale, flip, once))
 
     def __call__(self, image, seed):
         """uint8 (3, H, W) -> (uint8 (3, S, S),)."""
@@ -516,6 +522,12 @@ RECIPE_LR = {"linear": 0.1, "attentive": 0.4 / 32, "ep": 0.1}
 DEMO_LR = {"linear": 10.0, "attentive": 0.4 / 32, "ep": 3.0}
 
 
+def recipe_batch(task, encoder):
+    """RECIPE_BATCH, but for the linear probe of CAE v2 base and small, which is released with 8192 (lr 3.2)."""
+    halved = encoder.kind == "cae-v2" and encoder.dim in [SIZES[s]["encoder"]["dim"] for s in ("small", "base")]
+    return 8192 if task == "linear" and halved else RECIPE_BATCH[task]
+
+
 def make_heads(args, encoder, num_classes):
     """Heads, their descriptions and their optimizer. The first is the recipe's own setting; the others are every
     combination of --lr (and --pool) beyond it."""
@@ -628,11 +640,14 @@ def extract_once(extractor, train_source, val_source):
 # The loop.
 
 
-def learning_rate(step, total, warmup):
-    """As a share of its peak: linear from 0 over `warmup` steps, then a cosine to 0 at the last step."""
+def learning_rate(step, total, warmup, peak, attentive):
+    """Linear from 0 over `warmup` steps, then a cosine, whose last step is one short of the end. The released attentive
+    probe has the table of pretraining (the peak in the last step of the warm-up, 1e-6 in the end), the linear one
+    MAE's (the peak in the first step after it, 0 in the end), as has the efficient one here."""
+    rise, final = (warmup - 1, 1e-6) if attentive else (warmup, 0.0)
     if step < warmup:
-        return step / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup - 1, 1)))
+        return peak * step / max(rise, 1)
+    return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
 
 
 def train_heads(run, extractor, train_source, val_source, length, warmup, description):
@@ -653,7 +668,8 @@ def train_heads(run, extractor, train_source, val_source, length, warmup, descri
     evaluations = run.memory.setdefault("evaluations", [])
     stream, val = extract_once(extractor, train_source, val_source)
     if stream is None:
-        stream = run.stream(train_source, Augment(args.encoder.image_size, asked.crop_scale, asked.flip))
+        once = task_of(args) == "linear"
+        stream = run.stream(train_source, Augment(args.encoder.image_size, asked.crop_scale, asked.flip, once))
     heads.train()
 
     def select(tokens):
@@ -680,9 +696,8 @@ def train_heads(run, extractor, train_source, val_source, length, warmup, descri
 
     for step in run.steps(stream, evaluate=evaluate, evaluate_every=asked.eval_every,
                           before_checkpoint=before_checkpoint):  # fmt: skip
-        factor = learning_rate(step, length.steps, warmup)
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * factor
+            group["lr"] = learning_rate(step, length.steps, warmup, group["peak"], task_of(args) == "attentive")
         run.log({"lr": optimizer.param_groups[0]["lr"]})
 
         # The features of run.accumulation forward passes make one batch: BatchNorm sees it whole.

@@ -408,15 +408,15 @@ def warmup_steps(length, epochs=None):
 
 
 def learning_rate(step, total, warmup, peak, final):
-    """Linear from 0 over `warmup` steps, then a cosine from peak to final at the last step."""
+    """Linear from 0 to the peak, which is that of the last of `warmup` steps, then a cosine. (The released table.)"""
     if step < warmup:
-        return peak * step / warmup
+        return peak * step / max(warmup - 1, 1)
     return cosine(step - warmup, total - warmup, peak, final)
 
 
 def cosine(step, total, start, end):
-    """From start at step 0 to end at step total - 1."""
-    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(total - 1, 1)))
+    """From start at step 0; the last step, total - 1, is one short of the end."""
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / total))
 
 
 # ----------------------------------------------------------------------------------------------------------------

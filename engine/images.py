@@ -111,26 +111,43 @@ class Jpeg:
 
 
 class RandomCrop:
-    """torchvision's random resized crop, bicubic. uint8 (3, H, W), or a Jpeg, -> uint8 (3, S, S)."""
+    """Random resized crop, bicubic. uint8 (3, H, W), or a Jpeg, -> uint8 (3, S, S).
 
-    def __init__(self, size, scale):
+    torchvision's, which draws area and aspect ratio up to ten times, until they fit into the image. With `once` they
+    are drawn once and the sides cut to the image's: crops of what is not square are larger.
+    """
+
+    def __init__(self, size, scale, once=False):
         from torchvision.transforms import v2
 
         bicubic = v2.InterpolationMode.BICUBIC
-        self.crop = v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True)
+        self.crop, self.once = v2.RandomResizedCrop(size, scale, interpolation=bicubic, antialias=True), once
+
+    def box(self, image):
+        """top, left, height, width."""
+        if not self.once:
+            pixels = image if isinstance(image, torch.Tensor) else torch.empty(image.shape, device="meta")
+            return self.crop.make_params([pixels])
+        rows, columns = image.shape[-2:]
+        area = rows * columns * torch.empty(()).uniform_(*self.crop.scale).item()
+        ratio = math.exp(torch.empty(()).uniform_(*map(math.log, self.crop.ratio)).item())
+        height = min(max(round(math.sqrt(area / ratio)), 1), rows)
+        width = min(max(round(math.sqrt(area * ratio)), 1), columns)
+        top, left = torch.randint(rows - height + 1, ()).item(), torch.randint(columns - width + 1, ()).item()
+        return {"top": top, "left": left, "height": height, "width": width}
 
     def __call__(self, image):
-        if not isinstance(image, Jpeg):
-            return self.crop.transform(image, self.crop.make_params([image]))
-        box = self.crop.make_params([torch.empty(image.shape, device="meta")])  # which has a size and no pixels
-        return self.crop.transform(image.part(**box), {**box, "top": 0, "left": 0})
+        box = self.box(image)
+        if isinstance(image, Jpeg):
+            image, box = image.part(**box), {**box, "top": 0, "left": 0}
+        return self.crop.transform(image, box)
 
 
-def crop_and_flip(size, scale, flip):
-    """What every view to learn from begins with: random resized crop, bicubic, and horizontal flip."""
+def crop_and_flip(size, scale, flip, once=False):
+    """What every view to learn from begins with: random resized crop and horizontal flip."""
     from torchvision.transforms import v2
 
-    return [RandomCrop(size, scale), v2.RandomHorizontalFlip(flip)]
+    return [RandomCrop(size, scale, once), v2.RandomHorizontalFlip(flip)]
 
 
 def view_of_part(view, data, seed):
@@ -165,6 +182,12 @@ class ColorJitter:
         return x.round_().to(torch.uint8)
 
 
+def crop_ratio(size):
+    """The usual one for evaluation at this size: small pictures have nothing to spare, nor is it cut off at 384 pixels
+    and more."""
+    return 0.875 if 64 < size < 384 else 1.0
+
+
 class CenterCrop:
     """The view for evaluation: the shorter side to size / ratio, bicubic, then the centre. Ratio 0.875 is the 256 for
     224 of ImageNet; 1 cuts off nothing but what is not square."""
@@ -175,7 +198,7 @@ class CenterCrop:
         from torchvision.transforms import v2
 
         self.transform = v2.Compose([
-            v2.Resize(round(size / ratio), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+            v2.Resize(int(size / ratio), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
             v2.CenterCrop(size),
         ])  # fmt: skip
 

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -288,6 +289,56 @@ def test_load_encoder_only(name, caplog):
     assert "assumed" not in caplog.text and "class token" not in caplog.text
     close(model.encode(tensors["images"]), tensors["encoder_full"], 1e-5)
     assert all(torch.isfinite(p).all() for p in model.parameters())
+
+
+def with_narrow_attention(heads):
+    """A v1 checkpoint whose regressor and decoder have attention of heads * (width // heads), as the released modules
+    would: what the flags of v1's large script ask for, 12 heads in 1,024 channels, is 1,020 wide."""
+    weights = released("cae_v1")
+    width = weights["mask_token"].shape[-1]
+    inner = heads * (width // heads)
+    assert inner < width
+    for name in list(weights):
+        if name.startswith(("regresser.", "decoder.")):
+            if re.search(r"cross_attn\.([qkv]\.weight|[qv]_bias)$|\.attn\.[qv]_bias$", name):
+                weights[name] = weights[name][:inner]
+            elif name.endswith("attn.qkv.weight"):
+                weights[name] = weights[name].view(3, width, width)[:, :inner].flatten(0, 1)
+            elif name.endswith("attn.proj.weight"):
+                weights[name] = weights[name][:, :inner]
+    return weights, inner, width
+
+
+def test_of_attention_narrower_than_its_regressor_the_encoder_is_taken(caplog):
+    weights, inner, width = with_narrow_attention(5)
+    with caplog.at_level(logging.WARNING, logger="convert"):
+        model = load_official({"model": weights}, heads=4, regressor_heads=4, drop_path=0.0)
+    assert f"attention {inner} wide in a regressor of {width}" in caplog.text
+    assert "only its encoder is taken, regressor and decoder are freshly initialised" in caplog.text
+    assert "assumed" not in caplog.text and caplog.text.count("freshly") == 1
+    whole, (tensors, _) = load_golden("cae_v1"), golden("cae_v1")
+    assert model.config == whole.config and not model.head.linear.weight.equal(whole.head.linear.weight)
+    assert torch.equal(model.encode(tensors["images"]), whole.encode(tensors["images"]))
+    assert torch.isfinite(torch.stack([p.sum() for p in model.parameters()])).all()
+
+
+def test_attention_1020_wide_is_that_of_12_heads_in_1024_channels():
+    """At its real widths, beside what is damaged: one matrix alone, or no number of heads that gives it."""
+    def weights(*shapes):
+        names = [f"regresser.regressor_blocks.{i}.cross_attn.{part}.weight" for i in range(4) for part in "qkv"]
+        return {name: torch.zeros(1).expand(shapes[i % len(shapes)]) for i, name in enumerate(names)}
+
+    assert convert._narrow_attention(weights((1020, 1024))) == (1020, 1024)
+    for shapes in ([(1024, 1024)], [(768, 768)], [(1020, 1024), (1024, 1024)], [(1024, 1020)], [(300, 1024)], [(9,)]):
+        assert convert._narrow_attention(weights(*shapes)) is None
+    assert convert._narrow_attention({}) is None
+
+
+def test_a_damaged_encoder_beside_narrow_attention_is_named():
+    weights, _, _ = with_narrow_attention(5)
+    del weights["encoder.blocks.0.mlp.fc1.weight"]
+    with pytest.raises(ValueError, match=r"missing: encoder\.blocks\.0\.mlp\.fc1\.weight$"):
+        load_official(weights, heads=4)
 
 
 def test_load_encoder_with_fewer_blocks_and_no_positions(caplog):

@@ -308,7 +308,7 @@ class Augment:
 
     names = ("images",)
 
-    def __init__(self, size, scale, flip, once):
+    def __init__(self, size, scale, flip, once=False):
         from torchvision.transforms import v2
 
         self.transform = v2.Compose(crop_and_flip(size, scale, flip, once))
@@ -644,7 +644,7 @@ def learning_rate(step, total, warmup, peak, attentive):
     """Linear from 0 over `warmup` steps, then a cosine, whose last step is one short of the end. The released attentive
     probe has the table of pretraining (the peak in the last step of the warm-up, 1e-6 in the end), the linear one
     MAE's (the peak in the first step after it, 0 in the end), as has the efficient one here."""
-    rise, final = (warmup - 1, 1e-6) if attentive else (warmup, 0.0)
+    rise, final = (warmup - 1, min(1e-6, peak)) if attentive else (warmup, 0.0)
     if step < warmup:
         return peak * step / max(rise, 1)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))

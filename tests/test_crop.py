@@ -169,6 +169,7 @@ VIEWS = {
     "small crops": lambda: pretraining("--method", "cae"),
     "fine-tuning": lambda: TrainView(224, finetune.RecipeArgs(crop_scale=(0.08, 1.0), randaugment=9, erasing=0.25)),
     "probes": lambda: Augment(224, (0.08, 1.0), 0.5),
+    "linear probe": lambda: Augment(224, (0.08, 1.0), 0.5, True),
 }
 
 

@@ -213,7 +213,7 @@ def recipe(*flags):
 
 
 def test_train_views_are_a_pure_function_of_image_and_seed():
-    view = TrainView(32, recipe("--erasing", "0.5", "--randaugment", "27").recipe)
+    view = TrainView(32, recipe("--erasing", "0.5", "--randaugment", "9").recipe)
     image = (torch.rand(3, 50, 60) * 255).byte()
     first = view(image, 3)
     torch.rand(5)
@@ -283,7 +283,7 @@ def test_recipes(method, size, expected):
     r = args.recipe
     assert (r.lr, r.layer_decay, args.run.epochs, args.data.effective_batch_size, r.warmup_epochs, r.label_smoothing,
             r.mixup, r.cutmix, args.model.drop_path) == pytest.approx(expected)  # fmt: skip
-    assert (r.weight_decay, r.min_lr, r.clip_grad, r.erasing, r.randaugment) == (0.05, 1e-6, 0.0, 0.25, 27)
+    assert (r.weight_decay, r.min_lr, r.clip_grad, r.erasing, r.randaugment) == (0.05, 1e-6, 0.0, 0.25, 9)
 
 
 # Runs in this process.
@@ -303,7 +303,7 @@ def run(monkeypatch, capsys, clothes, tmp_path):
 
 
 SMALL = ("--random-init", "nano", "--effective-batch-size", 32, "--log-every", 1)
-FULL = ("--mixup", 0.8, "--cutmix", 1, "--randaugment", 27, "--erasing", 0.5, "--drop-path", 0.3, "--ema", 0.5)
+FULL = ("--mixup", 0.8, "--cutmix", 1, "--randaugment", 9, "--erasing", 0.5, "--drop-path", 0.3, "--ema", 0.5)
 
 
 @pytest.fixture(scope="module")
@@ -563,7 +563,7 @@ def test_upload_with_the_call_replaced(run, monkeypatch, tmp_path):
         ("--random-init nano --ema 0.9999", "--ema 0.9999 averages over more steps than a third of the 3000"),
         ("--random-init nano --pooling max", "--pooling is max: it is mean or class"),
         ("--random-init nano --layer-decay 1.5", "--layer-decay is 1.5: it must lie between 0 and 1"),
-        ("--random-init nano --randaugment 40", "--randaugment is 40: it must lie between 0 and 30"),
+        ("--random-init nano --randaugment 11", "--randaugment is 11: it must lie between 0 and 10"),
         ("--random-init nano --val-split dev", "has no split 'dev'"),
         ("--random-init nano --warmup-epochs 100", "--warmup-epochs 100.0 is not shorter than the run"),
         ("--random-init nano --dataset {root}/alone", "no split to evaluate on: it has train; pass --val-fraction 0.1"),

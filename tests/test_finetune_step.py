@@ -132,9 +132,10 @@ def test_the_steps_are_those_of_a_plain_loop(data, tmp_path, monkeypatch, capsys
             (loss / accumulation).backward()
             losses.append(loss.item() / accumulation)
         norm = math.sqrt(sum(w.grad.double().square().sum().item() for w in weights.values()))
-        # linear from 0 over the warm-up, a cosine to --min-lr over the rest
-        turn = math.pi * (step - warmup) / (steps - 1 - warmup)
-        rate = peak * step / warmup if step < warmup else final + (peak - final) * (1 + math.cos(turn)) / 2
+        # linear from 0 to the peak in the last step of the warm-up, a cosine towards --min-lr over the rest
+        turn = math.pi * (step - warmup) / (steps - warmup)
+        rising = (step / (warmup - 1) if warmup > 1 else 0.0) * peak
+        rate = rising if step < warmup else final + (peak - final) * (1 + math.cos(turn)) / 2
         assert line["lr"] == pytest.approx(rate, rel=1e-12)
         bad = everything and step == 3
         if bad:

@@ -1,11 +1,13 @@
 """Run folders written by the code before engine/ go on under this code, to the same end. old_runs/README.md says how
-they came about.
+they came about. Since then the learning rates and the linear probe's crop have become the released code's; those of
+before are put in their place here, so that everything else is seen to be as it was.
 
 On the machine that wrote them the end is the same to the last bit. Another processor, or another version of torch,
 rounds otherwise: here losses may differ by 1e-5 of themselves, and weights by 2e-5.
 """
 
 import json
+import math
 import shutil
 import sys
 
@@ -45,19 +47,38 @@ def pico(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_an_old_run_goes_on(name, pico, monkeypatch, capsys, tmp_path):
-    """The second half of its log, image for image and loss for loss, and its last weights."""
+def former_cosine(step, total, start, end):
+    return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(total - 1, 1)))
+
+
+def former_rate(step, total, warmup, peak, final):
+    return peak * step / warmup if step < warmup else former_cosine(step - warmup, total - warmup, peak, final)
+
+
+def go_on(name, monkeypatch, capsys, tmp_path):
+    """The log of a copy of an old run, continued."""
     script, flags = RUNS[name]
     flags = f"{flags} {COMMON} --run-dir {tmp_path / name}"
     if script is not train:
         flags += f" --checkpoint {OLD / 'cae-v2'}"
     shutil.copytree(OLD / name, tmp_path / name)
-    expected = log_of(OLD / name)
     monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
     script.main()
     assert "continuing from" in capsys.readouterr().out
-    found = log_of(tmp_path / name)
+    return log_of(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_old_run_goes_on(name, pico, monkeypatch, capsys, tmp_path):
+    """The second half of its log, image for image and loss for loss, and its last weights."""
+    monkeypatch.setattr(train, "cosine", former_cosine)
+    for script in (train, finetune):
+        monkeypatch.setattr(script, "learning_rate", former_rate)
+    monkeypatch.setattr(probe, "learning_rate", lambda step, total, warmup, peak, attentive: former_rate(
+        step, total, warmup, peak, 0.0))  # fmt: skip
+    augment = probe.Augment
+    monkeypatch.setattr(probe, "Augment", lambda size, scale, flip, once: augment(size, scale, flip, once=False))
+    found, expected = go_on(name, monkeypatch, capsys, tmp_path), log_of(OLD / name)
     assert [list(line) for line in found] == [list(line) for line in expected]
     for new, old in zip(found, expected, strict=True):
         for key in set(old) - MEASURED:
@@ -69,6 +90,13 @@ def test_an_old_run_goes_on(name, pico, monkeypatch, capsys, tmp_path):
     assert weights.keys() == former.keys()
     for key, w in weights.items():
         torch.testing.assert_close(w, former[key], rtol=0, atol=2e-5, msg=key)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_old_run_goes_on_at_todays_learning_rates(name, pico, monkeypatch, capsys, tmp_path):
+    found, expected = go_on(name, monkeypatch, capsys, tmp_path), log_of(OLD / name)
+    assert [line["step"] for line in found] == [line["step"] for line in expected] and found[:4] == expected[:4]
+    assert all(line["lr"] > old["lr"] for line, old in zip(found[4:], expected[4:], strict=True))
 
 
 def test_an_old_model_is_read(pico):

@@ -16,6 +16,7 @@ import math
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -566,9 +567,40 @@ def test_the_papers_recipes():
         assert isinstance(optimizer, kind) and len(heads) == len(settings) == 1
         assert group["peak"] == pytest.approx(peak) and group["momentum"] == momentum and group["weight_decay"] == 0
     assert parsed("attentive", "--checkpoint", "x").data.effective_batch_size == 8192
+    assert parsed("linear", "--checkpoint", "x", "--image-size", "384").encoder.crop_ratio == 1.0
     assert probe.make_heads(parsed("attentive", "--checkpoint", "x"), encoder, 10)[2].param_groups[0]["nesterov"]
     smaller = parsed("linear", "--checkpoint", "x", "--effective-batch-size", "1024")
     assert probe.make_heads(smaller, encoder, 10)[2].param_groups[0]["peak"] == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize(("size", "method", "batch"), [
+    ("tiny", "cae-v2", 16384), ("small", "cae-v2", 8192), ("base", "cae-v2", 8192), ("large", "cae-v2", 16384),
+    ("tiny", "cae", 16384), ("small", "cae", 16384), ("base", "cae", 16384), ("large", "cae", 16384),
+])  # fmt: skip
+def test_the_released_batches_of_the_linear_probe(size, method, batch):
+    """6.4 at 16384, 3.2 at 8192."""
+    with torch.device("meta"):
+        encoder = probe.of_cae(CAE(CAEConfig.from_size(size, method, depth=1)))
+    args = parsed("linear", "--checkpoint", "x", encoder=encoder)
+    (group,) = probe.make_heads(args, encoder, 10)[2].param_groups
+    assert args.data.effective_batch_size == batch and group["peak"] == pytest.approx(0.1 * batch / 256)
+    for kind, same in (("cae", 8192), ("ep", 4096)):
+        args = parsed("attentive", "--kind", kind, "--queries", "8", "--checkpoint", "x", encoder=encoder)
+        assert args.data.effective_batch_size == same
+
+
+@pytest.mark.parametrize(("total", "warmup"), [(2110, 234), (80, 8), (40, 2), (40, 1), (40, 0)])
+def test_the_learning_rates_are_the_released_ones(total, warmup):
+    """The linear probe's is a function of the epoch, i / n in the warm-up and after it; the attentive one's is that of
+    pretraining, numpy's linspace and a cosine to 1e-6."""
+    epochs, passes = np.arange(total) / 7, warmup / 7
+    falling = (1 + np.cos(np.pi * (epochs - passes) / (total / 7 - passes))) / 2
+    expected = np.where(epochs < passes, epochs / (passes or 1), falling)
+    rates = [probe.learning_rate(step, total, warmup, 6.4, False) for step in range(total)]
+    np.testing.assert_allclose(rates, 6.4 * expected, rtol=1e-9, atol=1e-12)
+    rest = 1e-6 + (0.4 - 1e-6) * (1 + np.cos(np.pi * np.arange(total - warmup) / (total - warmup))) / 2
+    rates = [probe.learning_rate(step, total, warmup, 0.4, True) for step in range(total)]
+    np.testing.assert_allclose(rates, np.concatenate([np.linspace(0, 0.4, warmup), rest]), rtol=1e-15, atol=1e-15)
 
 
 @pytest.mark.parametrize(("task", "flags", "images", "batch", "peak"), [

@@ -19,6 +19,7 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from arguments import assert_documented, assert_used
@@ -35,6 +36,7 @@ from transformers import (
     ViTModel,
 )
 
+import finetune
 import train
 from cae import CAE, CAEConfig
 from train import Args, CLIPTeacher, Crops, DALLETeacher, PixelTeacher, TargetArgs, resolve
@@ -315,14 +317,19 @@ def test_a_teacher_whose_grid_cannot_match(tmp_path):
 # Schedules.
 
 
-def test_learning_rate():
-    rates = [train.learning_rate(s, 1000, 100, 2.0, 0.1) for s in range(1000)]
-    assert rates[0] == 0 and rates[50] == pytest.approx(1.0) and rates[100] == 2.0
-    assert rates[-1] == pytest.approx(0.1)
-    assert rates[549] == pytest.approx(1.05, abs=0.01), "half-way down in the middle of the cosine"
-    assert rates[:101] == sorted(rates[:101]) and rates[100:] == sorted(rates[100:], reverse=True)
-    assert train.learning_rate(0, 1, 0, 2.0, 0.1) == 2.0
-    assert [train.cosine(s, 3, 0.05, 0.2) for s in range(3)] == pytest.approx([0.05, 0.125, 0.2])
+@pytest.mark.parametrize("script", [train, finetune])
+@pytest.mark.parametrize(("total", "warmup"), [(1000, 100), (80, 8), (40, 2), (40, 1), (40, 0), (5, 5)])
+def test_the_learning_rates_are_the_released_table(script, total, warmup):
+    """numpy's linspace, both ends of which count, then a cosine over the rest, whose end does not."""
+    rest = 0.1 + (2.0 - 0.1) * (1 + np.cos(np.pi * np.arange(total - warmup) / max(total - warmup, 1))) / 2
+    table = np.concatenate([np.linspace(0, 2.0, warmup), rest])
+    rates = [script.learning_rate(step, total, warmup, 2.0, 0.1) for step in range(total)]
+    np.testing.assert_allclose(rates, table, rtol=1e-15, atol=1e-15)
+
+
+def test_a_cosine_begins_at_its_start_and_its_end_would_follow_the_last_step():
+    assert [train.cosine(s, 2, 0.05, 0.2) for s in range(2)] == pytest.approx([0.05, 0.125])
+    assert [train.cosine(s, 7, 0.05, 0.05) for s in range(7)] == [0.05] * 7
 
 
 @pytest.mark.parametrize(("epochs", "warm"), [(300, 10), (800, 20), (1600, 40), (30, 1), (100, 10 / 3)])

@@ -286,6 +286,20 @@ def test_recipes(method, size, expected):
     assert (r.weight_decay, r.min_lr, r.clip_grad, r.erasing, r.randaugment) == (0.05, 1e-6, 0.0, 0.25, 9)
 
 
+@pytest.mark.parametrize(("size", "ratio"), [(64, 1.0), (224, 0.875), (384, 1.0), (512, 1.0)])
+def test_the_share_of_the_middle_by_size(size, ratio):
+    assert recipe("--image-size", str(size)).recipe.crop_ratio == ratio
+    assert recipe("--image-size", str(size), "--crop-ratio", "0.9").recipe.crop_ratio == 0.9
+
+
+def test_randaugment_without_timm(monkeypatch):
+    find_spec = finetune.find_spec
+    monkeypatch.setattr(finetune, "find_spec", lambda name: None if name == "timm" else find_spec(name))
+    with pytest.raises(UserError, match="timm's, which is not installed: pip install timm, or --randaugment 0"):
+        recipe()
+    assert recipe("--randaugment", "0").recipe.randaugment == 0
+
+
 # Runs in this process.
 
 

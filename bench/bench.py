@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where the pro
 
 from engine.arguments import DataArgs, cores_per_process
 from engine.errors import UserError, first_line
-from engine.images import decode, normalize, turbojpeg
+from engine.images import RandomCrop, decode, normalize, turbojpeg
 from engine.run import Length, Run, attention_for
 from engine.sources import Source, open_source
 from engine.stream import Stream, load_chunk
@@ -41,6 +41,7 @@ import itertools
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -50,6 +51,7 @@ import unittest.mock
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from functools import partial
 
+import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,7 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import finetune
 import train
 from bench import scale
 from bench.baseline import (
@@ -454,6 +457,33 @@ def transform_row(bench):
     return measure(bench, lambda: ours, lambda: plain, len(tensors), flops=False, device=CPU)
 
 
+def randaugment_row(bench):
+    """Fine-tuning's RandAugment of crops beside the same of Pillow's images: the way there and back, and that it is a
+    function of its seed."""
+    from torchvision.transforms.v2.functional import to_pil_image
+
+    size = bench.config.image_size
+    augment, crop = finetune.RandAugment(9, size), RandomCrop(size, (0.08, 1.0))
+    images = [crop(decode(data)) for data in bench.jpegs]
+    pictures, seeds = [to_pil_image(image) for image in images], []
+    for number in range(len(images)):
+        torch.manual_seed(number)
+        seeds.append(torch.randint(2**32, ()).item())  # as it will be drawn
+
+    def ours():
+        for number, image in enumerate(images):
+            torch.default_generator.manual_seed(number)
+            augment(image)
+
+    def plain():
+        for seed, picture in zip(seeds, pictures, strict=True):
+            random.seed(seed)
+            np.random.seed(seed)
+            augment.augment(picture)
+
+    return measure(bench, lambda: ours, lambda: plain, len(images), flops=False, device=CPU)
+
+
 def loading(bench, args):
     """A function that does what a loading process does for all JPEGs: bytes to uint8 and indices."""
     source = Source(None, "image", None, len(bench.jpegs), "noise")
@@ -705,7 +735,7 @@ def cost_row(bench):
 # The command.
 
 DATA_ROWS = ("masks", "decode", "transform", "data", "data-timm", "data-released", "small", "small-timm",
-             "small-released", "crop", "small-crop", "stream")  # fmt: skip
+             "small-released", "crop", "small-crop", "stream", "randaugment")  # fmt: skip
 ROWS = (*DATA_ROWS, "teacher", "encoder", "regressor", "alignment", "optimizer", "step", "teacher-bf16", "step-bf16",
         "train", "cost")  # fmt: skip
 COLUMNS = (("ms", "ms", ".2f"), ("images_per_second", "images/s", ".1f"), ("gflop_per_image", "GFLOP/image", ".2f"),
@@ -767,7 +797,7 @@ def rows_of(bench, flags):
             rows[name + suffix] = partial(data_row, plain_kind=plain_kind, crop_scale=areas)
     if turbojpeg():
         rows |= {"crop": crop_row, "small-crop": partial(crop_row, crop_scale=SMALL_CROPS)}
-    rows["stream"] = stream_row
+    rows |= {"stream": stream_row, "randaugment": randaugment_row}
     rows |= {"teacher": teacher_row, "encoder": encoder_row, "regressor": regressor_row}
     if flags.method == "cae":
         rows["alignment"] = alignment_row

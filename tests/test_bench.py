@@ -12,7 +12,7 @@ from cae import CAEConfig
 
 TINY = ["bench/bench.py", "--size", "nano", "--batch-size", "2", "--images", "3", "--repeats", "1", "--seconds", "0"]
 ROWS = {"masks", "decode", "transform", "data", "data-timm", "data-released", "small", "small-timm", "small-released",
-        "stream", "teacher", "encoder", "regressor", "optimizer", "step", "train"}  # fmt: skip
+        "stream", "randaugment", "teacher", "encoder", "regressor", "optimizer", "step", "train"}  # fmt: skip
 CAE_ROWS = ("encoder", "regressor", "alignment", "step")
 COUNTED = {"encoder", "regressor", "alignment", "step", "step-bf16", "train"}
 

@@ -97,7 +97,7 @@ class RecipeArgs:
     layer_decay: AutoFloat = None
     """Factor on the learning rate from each block to the one below. Default: by method and size."""
     min_lr: float = 1e-6
-    """Learning rate of the last block at the end of the cosine."""
+    """Learning rate of the last layer at the end of the cosine, one step after the last."""
     warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: 5 epochs (cae-v2 small 20), at most a tenth of the run."""
     weight_decay: float = 0.05

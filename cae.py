@@ -370,8 +370,8 @@ def _size(dim, depth, heads, v2, v1, layer_scale=0.1, clip_dim=512, **encoder):
 
 # tiny really has 12 heads of 16, and a v2 regressor of 12 heads of 8. nano is ours, for the demo: 7 x 7 patches of 4.
 # v1's released large has a regressor and decoder of 768, because its script loses its last flags (which would have made
-# attention of 12 * 85 = 1020 in 1024): these are the paper's. v1 tiny and small have no released script, whose defaults
-# would give 768; nor has huge.
+# attention of 12 * 85 = 1020 in 1024): these are the paper's. v1 tiny, small and huge have no released script (the
+# code's defaults would give 768).
 SIZES = {
     "nano": _size(96, 4, 4, (96, 4, 1), (96, 4, 2), clip_dim=64, image_size=28, patch_size=4, drop_path=0.0),
     "tiny": _size(192, 12, 12, (96, 12, 1), (192, 12, 4)),

@@ -148,11 +148,13 @@ def load_official(path_or_state_dict, **overrides):
 
 
 def _narrow_attention(released):
-    """Widths of the regressor's attention and of its input where the second is no multiple of the number of heads, else
-    None: 12 heads make 12 * 85 = 1020 of 1024."""
+    """(width of the regressor's attention, of its input) where the number of heads does not divide the second: of 1024,
+    12 heads make 12 * 85 = 1020. Else None."""
     shapes = {tuple(w.shape) for name, w in released.items() if re.search(r"\.cross_attn\.[qkv]\.weight$", name)}
-    for inner, width in shapes if len(shapes) == 1 and len(*shapes) == 2 else ():
-        if inner != width and inner in [heads * (width // heads) for heads in range(1, width)]:
+    if len(shapes) == 1 and len(*shapes) == 2:
+        ((inner, width),) = shapes
+        heads = {row["cae"]["regressor_heads"] for row in SIZES.values()}
+        if inner != width and inner in [n * (width // n) for n in heads]:
             return inner, width
     return None
 

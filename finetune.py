@@ -97,7 +97,7 @@ class RecipeArgs:
     layer_decay: AutoFloat = None
     """Factor on the learning rate from each block to the one below. Default: by method and size."""
     min_lr: float = 1e-6
-    """Learning rate of the last layer at the end of the cosine, one step after the last."""
+    """Learning rate of the last layer that the cosine would reach one step after the run's end."""
     warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: 5 epochs (cae-v2 small 20), at most a tenth of the run."""
     weight_decay: float = 0.05
@@ -111,8 +111,7 @@ class RecipeArgs:
     cutmix: AutoFloat = None
     """Beta distribution of cutmix. Default: 1; tiny and nano 0."""
     randaugment: AutoInt = None
-    """Magnitude M of RandAugment, of 10, as in its name in timm, rand-mM-mstd0.5-inc1; 0 for none. Default: 9; nano
-    0."""
+    """Magnitude M of RandAugment, 0 to 10, timm's rand-mM-mstd0.5-inc1; 0 for none. Default: 9; nano 0."""
     erasing: AutoFloat = None
     """Probability of random erasing, with noise. Default: 0.25; nano 0."""
     crop_scale: Annotated[
@@ -236,7 +235,7 @@ def resolve(args, origin, world=1, images=None):
     require_views(recipe)
     require_positive(recipe, "lr", "eval_every")
     require(0 <= recipe.randaugment <= 10, f"--randaugment is {recipe.randaugment}: it must lie between 0 and 10")
-    require(not recipe.randaugment or find_spec("timm"),
+    require(recipe.eval_only or not recipe.randaugment or find_spec("timm"),
             "--randaugment is timm's, which is not installed: pip install timm, or --randaugment 0")
     require(0 <= model.drop_path < 1, f"--drop-path is {model.drop_path}: it must lie in [0, 1)")
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
@@ -402,7 +401,7 @@ def parameter_groups(model, layer_decay, weight_decay):
 
 
 def posterize(image, bits, **_):
-    """timm's. Pillow 13 refuses to keep no bit at all, which one image in 660 is to; it was black before."""
+    """timm's, and black where no bit is kept, in one image of 660: so it was until Pillow 13, which raises an error."""
     return ImageOps.posterize(image, bits) if bits else Image.new("RGB", image.size)
 
 
@@ -421,16 +420,20 @@ class RandAugment:
                 operation.aug_fn = posterize
 
     def __call__(self, image):
-        # It draws from Python's and numpy's generators. They follow torch's here, and others find them as they were.
-        python, numpy, seed = random.getstate(), np.random.get_state(), torch.randint(2**32, ()).item()
+        # Channel by channel: in a third of the time of torchvision's to_pil_image and pil_to_tensor.
+        image = Image.merge("RGB", [Image.fromarray(channel) for channel in image.numpy()])
+        # timm draws from Python's and numpy's generators. Here they are seeded from torch's, so that the view is a
+        # function of its seed alone, and then put back.
+        python_state, numpy_state = random.getstate(), np.random.get_state()
+        seed = torch.randint(2**32, ()).item()
         random.seed(seed)
         np.random.seed(seed)
-        # Channel by channel: in a quarter of the time of torchvision's to_pil_image and pil_to_tensor.
-        image = self.augment(Image.merge("RGB", [Image.fromarray(channel) for channel in image.numpy()]))
-        image = torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
-        random.setstate(python)
-        np.random.set_state(numpy)
-        return image
+        try:
+            image = self.augment(image)
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+        return torch.from_numpy(np.stack([np.asarray(channel) for channel in image.split()]))
 
 
 class TrainView:

@@ -112,7 +112,7 @@ class HeadArgs:
 
     lr: Floats = ()
     """Base learning rates per 256 images. Each trains a head of its own beside the recipe's: linear and ep 0.1 (demo:
-    10 and 3; data too small for the recipe's batch: its peak, as 6.4 of linear, at any batch), attentive 0.0125, which
+    10 and 3; data too small for the recipe's batch: the peak that it has there, at any batch), attentive 0.0125, which
     is the paper's 0.4 at 8192."""
     warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: a ninth of the run, 10 of 90 epochs."""
@@ -515,8 +515,9 @@ class LARS(torch.optim.Optimizer):
         return loss
 
 
-# Base learning rates per 256 images: 6.4 at 16384, 0.4 at 8192, 1.6 at 4096. LARS moves by a share of the weights'
-# length, so the demo's 2,110 small steps need a larger one, chosen on 1,000 images held out of its training split.
+# Base learning rates per 256 images: 6.4 at 16384 (3.2 at 8192), 0.4 at 8192, 1.6 at 4096. LARS moves by a share of the
+# weights' length, so the demo's 2,110 small steps need a larger one, chosen on 1,000 images held out of its training
+# split.
 RECIPE_BATCH = {"linear": 16384, "attentive": 8192, "ep": 4096}
 RECIPE_LR = {"linear": 0.1, "attentive": 0.4 / 32, "ep": 0.1}
 DEMO_LR = {"linear": 10.0, "attentive": 0.4 / 32, "ep": 3.0}
@@ -641,9 +642,10 @@ def extract_once(extractor, train_source, val_source):
 
 
 def learning_rate(step, total, warmup, peak, attentive):
-    """Linear from 0 over `warmup` steps, then a cosine, whose last step is one short of the end. The released attentive
-    probe has the table of pretraining (the peak in the last step of the warm-up, 1e-6 in the end), the linear one
-    MAE's (the peak in the first step after it, 0 in the end), as has the efficient one here."""
+    """Linear from 0 over `warmup` steps, then a cosine whose last step is one short of its end. As released:
+    attentive     the peak in the last step of the warm-up, towards 1e-6 (a smaller peak must not rise to it)
+    linear        the peak in the first step after the warm-up, towards 0; as in MAE, and here for the efficient probe
+    """
     rise, final = (warmup - 1, min(1e-6, peak)) if attentive else (warmup, 0.0)
     if step < warmup:
         return peak * step / max(rise, 1)

@@ -270,13 +270,13 @@ class RecipeArgs:
     lr: AutoFloat = None
     """Peak at an effective batch of 2048; scaled linearly to the one in use. Default: 1.5e-3 (nano, demo: 8e-2)."""
     min_lr: float = 1e-5
-    """Learning rate at the end of the cosine, one step after the last."""
+    """Learning rate that the cosine would reach one step after the run's end."""
     warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: 1/30 of a run up to 300 epochs, 1/40 of a longer one."""
     weight_decay: float = 0.05
     """Weight decay; none on parameters of one dimension, nor on class and mask tokens."""
     weight_decay_end: AutoFloat = None
-    """Weight decay at the end of a cosine, one step after the last. Default: constant."""
+    """Weight decay that a cosine would reach one step after the run's end. Default: constant."""
     beta1: float = 0.9
     """AdamW, first moment."""
     beta2: float = 0.999

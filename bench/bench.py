@@ -458,8 +458,7 @@ def transform_row(bench):
 
 
 def randaugment_row(bench):
-    """Fine-tuning's RandAugment of crops beside the same of Pillow's images: the way there and back, and that it is a
-    function of its seed."""
+    """Fine-tuning's RandAugment on tensors beside the same on Pillow's images: what conversion and seeding cost."""
     from torchvision.transforms.v2.functional import to_pil_image
 
     size = bench.config.image_size

@@ -113,8 +113,8 @@ class Jpeg:
 class RandomCrop:
     """Random resized crop, bicubic. uint8 (3, H, W), or a Jpeg, -> uint8 (3, S, S).
 
-    torchvision's, which draws area and aspect ratio up to ten times, until they fit into the image. With `once` they
-    are drawn once and the sides cut to the image's: crops of what is not square are larger.
+    torchvision's, which draws area and aspect ratio up to ten times, until they fit into the image. With `once`, as in
+    MAE's linear probe, they are drawn once and the sides cut to the image's: crops are larger, of long images most.
     """
 
     def __init__(self, size, scale, once=False):
@@ -126,8 +126,8 @@ class RandomCrop:
     def box(self, image):
         """top, left, height, width."""
         if not self.once:
-            pixels = image if isinstance(image, torch.Tensor) else torch.empty(image.shape, device="meta")
-            return self.crop.make_params([pixels])
+            of_size = image if isinstance(image, torch.Tensor) else torch.empty(image.shape, device="meta")  # no pixels
+            return self.crop.make_params([of_size])
         rows, columns = image.shape[-2:]
         area = rows * columns * torch.empty(()).uniform_(*self.crop.scale).item()
         ratio = math.exp(torch.empty(()).uniform_(*map(math.log, self.crop.ratio)).item())
@@ -183,8 +183,7 @@ class ColorJitter:
 
 
 def crop_ratio(size):
-    """The usual one for evaluation at this size: small pictures have nothing to spare, nor is it cut off at 384 pixels
-    and more."""
+    """The usual one for evaluation: 1 up to 64 pixels, which have nothing to spare, and from 384 on, as released."""
     return 0.875 if 64 < size < 384 else 1.0
 
 

@@ -310,7 +310,7 @@ def with_narrow_attention(heads):
 
 
 def test_of_attention_narrower_than_its_regressor_the_encoder_is_taken(caplog):
-    weights, inner, width = with_narrow_attention(5)
+    weights, inner, width = with_narrow_attention(12)
     with caplog.at_level(logging.WARNING, logger="convert"):
         model = load_official({"model": weights}, heads=4, regressor_heads=4, drop_path=0.0)
     assert f"attention {inner} wide in a regressor of {width}" in caplog.text
@@ -329,13 +329,13 @@ def test_attention_1020_wide_is_that_of_12_heads_in_1024_channels():
         return {name: torch.zeros(1).expand(shapes[i % len(shapes)]) for i, name in enumerate(names)}
 
     assert convert._narrow_attention(weights((1020, 1024))) == (1020, 1024)
-    for shapes in ([(1024, 1024)], [(768, 768)], [(1020, 1024), (1024, 1024)], [(1024, 1020)], [(300, 1024)], [(9,)]):
+    for shapes in ([(1024, 1024)], [(768, 768)], [(1020, 1024), (1024, 1024)], [(1024, 1020)], [(1000, 1024)], [(9,)]):
         assert convert._narrow_attention(weights(*shapes)) is None
     assert convert._narrow_attention({}) is None
 
 
 def test_a_damaged_encoder_beside_narrow_attention_is_named():
-    weights, _, _ = with_narrow_attention(5)
+    weights, _, _ = with_narrow_attention(12)
     del weights["encoder.blocks.0.mlp.fc1.weight"]
     with pytest.raises(ValueError, match=r"missing: encoder\.blocks\.0\.mlp\.fc1\.weight$"):
         load_official(weights, heads=4)

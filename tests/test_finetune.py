@@ -297,7 +297,7 @@ def test_randaugment_without_timm(monkeypatch):
     monkeypatch.setattr(finetune, "find_spec", lambda name: None if name == "timm" else find_spec(name))
     with pytest.raises(UserError, match="timm's, which is not installed: pip install timm, or --randaugment 0"):
         recipe()
-    assert recipe("--randaugment", "0").recipe.randaugment == 0
+    assert recipe("--randaugment", "0").recipe.randaugment == 0 and recipe("--eval-only").recipe.eval_only
 
 
 # Runs in this process.

@@ -259,12 +259,14 @@ def test_randaugment_is_timms_to_the_last_pixel_and_leaves_generators_alone():
     random.seed(1)
     np.random.seed(1)
     ours(image)
+    ours.augment = lambda image: [][0]
+    with pytest.raises(IndexError):
+        ours(image)
     assert (random.random(), np.random.rand()) == expected
 
 
 def test_fine_tunings_view_never_fails():
-    """An image for which it did would be skipped as one that cannot be read. At magnitude 10 all operations go to their
-    end; every third time that colours are to lose bits, all of them."""
+    """It would end the run. At magnitude 10 every second operation goes to its end: colours lose all of their bits."""
     view = TrainView(28, finetune.RecipeArgs(crop_scale=(0.5, 1.0), randaugment=10, erasing=0.0))
     black = sum(not view(noise(33, 33), seed)[0].any() for seed in range(1200))
     assert black > 10

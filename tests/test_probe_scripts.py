@@ -52,12 +52,12 @@ def test_knn_is_the_same_in_one_process_and_in_two(encoder, run_probe, tmp_path)
 
 def test_a_probe_on_cached_features(encoder, run_probe, tmp_path):
     """In two processes. (Without a cache: test_probe_step.py.)"""
-    command = ["linear", "--cache-features", "--steps", "70", "--warmup-epochs", "1", "--lr", "30", "--pool", "class",
+    command = ["linear", "--cache-features", "--steps", "140", "--warmup-epochs", "1", "--lr", "30", "--pool", "class",
                "both"]  # fmt: skip
     result, output = run_probe(tmp_path, *command, "--checkpoint", encoder, processes=2, warm=True)
     assert result["best_of"] == len(result["heads"]) == 4 and "2 processes x " in output
     assert all(0 <= head["top1"] <= head["top5"] <= 100 for head in result["heads"])
-    assert result["best"]["top1"] > 50, "70 steps of a linear layer on random features"
+    assert result["best"]["top1"] > 60, "140 steps of a linear layer on random features"
 
 
 @pytest.mark.parametrize("form", ["cae", "transformers"])

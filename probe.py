@@ -264,7 +264,7 @@ def resolve(args, encoder, world=1, images=None):
     elif probe.kind == "ep":
         require(probe.queries > 0 and encoder.dim % probe.queries == 0,
                 f"--queries {probe.queries} does not divide the encoder's width of {encoder.dim}")  # fmt: skip
-    probe.knn = probe.knn or probe.cache_features or task_of(args) == "ep"
+    probe.knn = probe.knn or probe.cache_features or task == "ep"
     return args
 
 
@@ -656,9 +656,10 @@ def train_heads(run, extractor, train_source, val_source, length, warmup, descri
     """Train the heads of a linear or attentive probe: (settings, evaluations, kNN rows or None), or None if this run is
     complete already. Raises UserError and RunError."""
     args, asked, num_classes = extractor.args, extractor.args.probe, len(train_source.classes)
+    task = task_of(args)
     heads, settings, optimizer = make_heads(args, extractor.encoder, num_classes)
     per_image = "features cached" if asked.cache_features else "random crops and flips"
-    run.header(f"{task_of(args)}: {len(settings)} head{'s' * (len(settings) > 1)}, {args.encoder.image_size} pixels, "
+    run.header(f"{task}: {len(settings)} head{'s' * (len(settings) > 1)}, {args.encoder.image_size} pixels, "
                f"{num_classes} classes, {per_image}", length)  # fmt: skip
     heads, optimizer = run.prepare(heads, optimizer)  # DDP; forward under autocast
     unwrapped = run.accelerator.unwrap_model(heads)
@@ -670,8 +671,8 @@ def train_heads(run, extractor, train_source, val_source, length, warmup, descri
     evaluations = run.memory.setdefault("evaluations", [])
     stream, val = extract_once(extractor, train_source, val_source)
     if stream is None:
-        once = task_of(args) == "linear"
-        stream = run.stream(train_source, Augment(args.encoder.image_size, asked.crop_scale, asked.flip, once))
+        view = Augment(args.encoder.image_size, asked.crop_scale, asked.flip, task == "linear")
+        stream = run.stream(train_source, view)
     heads.train()
 
     def select(tokens):
@@ -699,7 +700,7 @@ def train_heads(run, extractor, train_source, val_source, length, warmup, descri
     for step in run.steps(stream, evaluate=evaluate, evaluate_every=asked.eval_every,
                           before_checkpoint=before_checkpoint):  # fmt: skip
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, length.steps, warmup, group["peak"], task_of(args) == "attentive")
+            group["lr"] = learning_rate(step, length.steps, warmup, group["peak"], task == "attentive")
         run.log({"lr": optimizer.param_groups[0]["lr"]})
 
         # The features of run.accumulation forward passes make one batch: BatchNorm sees it whole.

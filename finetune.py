@@ -1,11 +1,14 @@
-"""Fine-tune a pretrained encoder end to end. The result is a plain BEiT that transformers loads with one line.
+"""Fine-tune a pretrained encoder end to end: classify, segment, detect. What comes out loads without this code.
 
     accelerate launch finetune.py classify --checkpoint runs/cae-v2-base --dataset ILSVRC/imagenet-1k
+    accelerate launch finetune.py segment  --checkpoint runs/cae-v2-base --dataset ADEChallengeData2016
+    accelerate launch finetune.py detect   --checkpoint runs/cae-v2-base --dataset coco
     python finetune.py classify --checkpoint runs/cae-v2-nano-demo --dataset demo
 
     AutoModelForImageClassification.from_pretrained("runs/classify-cae-v2-base-imagenet-1k/model")
 
-Read in this order: flags and recipes, the model, the views, the optimizer's groups, the loop, what is written.
+Read in this order: flags and recipes, the model, the views, `Classification`, the loop in `tune`, what is written.
+Segmentation and detection, two tasks more for the same loop, are in dense.py.
 """
 
 # engine comes first: it sets what has to be set before torch is imported.
@@ -40,7 +43,6 @@ import copy
 import json
 import math
 import random
-import re
 import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -64,8 +66,8 @@ from convert import open_encoder, to_beit
 
 
 @dataclass
-class ModelArgs:
-    """The encoder, and what is put on it."""
+class EncoderArgs:
+    """The encoder."""
 
     checkpoint: Annotated[AutoStr, Mark.FREE] = None
     """Run folder; model/ folder; Hub id; released .pth; a BEiT folder, such as an earlier result of this script."""
@@ -75,12 +77,18 @@ class ModelArgs:
     """Size that the checkpoint is to have. Default: whatever it has."""
     image_size: AutoInt = None
     """Side of the square crop, in pixels. Default: the checkpoint's own."""
-    pooling: Annotated[str | None, tyro.conf.arg(metavar="mean|class", help_behavior_hint="")] = None
-    """What is classified: the mean of the patch tokens, or the class token. Default: mean, or as fine-tuned before."""
     relative_position_bias: bool = True
     """A bias for every distance of two patches in every block and head, from zero, beside the fixed positions."""
     drop_path: AutoFloat = None
     """Stochastic depth of the last block. Default: 0.1; tiny and nano 0, large and huge 0.2."""
+
+
+@dataclass
+class ModelArgs(EncoderArgs):
+    """The encoder, and what is put on it."""
+
+    pooling: Annotated[str | None, tyro.conf.arg(metavar="mean|class", help_behavior_hint="")] = None
+    """What is classified: the mean of the patch tokens, or the class token. Default: mean, or as fine-tuned before."""
     init_scale: float = 0.001
     """Factor on the initial weights of the classifier."""
     new_head: bool = False
@@ -88,22 +96,38 @@ class ModelArgs:
 
 
 @dataclass
-class RecipeArgs:
+class OptimizerArgs:
+    """Optimisation, and when it is evaluated."""
+
+    layer_decay: AutoFloat = None
+    """Factor on the learning rate from each block to the one below. Default: by method and size."""
+    weight_decay: float = 0.05
+    """Weight decay; none on parameters of one dimension, nor on the class token."""
+    clip_grad: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    flip: float = 0.5
+    """Probability of a horizontal flip."""
+    ema: float = 0.0
+    """Decay of a moving average of the weights, which is then evaluated and written; 0 for none."""
+    eval_every: float = 1.0
+    """Epochs between evaluations; there is always one at the end."""
+    eval_steps: AutoInt = None
+    """Steps between evaluations, instead of epochs."""
+    eval_only: bool = False
+    """Evaluate the checkpoint, and do nothing else."""
+
+
+@dataclass
+class RecipeArgs(OptimizerArgs):
     """Optimisation and augmentation."""
 
     lr: AutoFloat = None
     """Peak at an effective batch of 1024; scaled linearly to the one in use. Default: by method and size; on data too
     small for the recipe's batch so large that the peak is the recipe's."""
-    layer_decay: AutoFloat = None
-    """Factor on the learning rate from each block to the one below. Default: by method and size."""
     min_lr: float = 1e-6
     """Learning rate of the last layer that the cosine would reach one step after the run's end."""
     warmup_epochs: AutoFloat = None
     """Linear warm-up from 0. Default: 5 epochs (cae-v2 small 20), at most a tenth of the run."""
-    weight_decay: float = 0.05
-    """Weight decay; none on parameters of one dimension, nor on the class token."""
-    clip_grad: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
     label_smoothing: AutoFloat = None
     """Label smoothing. Default: 0.1; tiny 0."""
     mixup: AutoFloat = None
@@ -121,14 +145,6 @@ class RecipeArgs:
     crop_ratio: AutoFloat = None
     """Evaluation: the crop's share of the resized shorter side. Default: 0.875 (224 of 256); 1 up to 64 pixels and from
     384 on."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    ema: float = 0.0
-    """Decay of a moving average of the weights, which is then evaluated and written; 0 for none."""
-    eval_every: float = 1.0
-    """Epochs between evaluations; there is always one at the end."""
-    eval_only: bool = False
-    """Evaluate the checkpoint, and do nothing else."""
 
 
 @dataclass
@@ -195,21 +211,14 @@ def resolve(args, origin, world=1, images=None):
     args = copy.deepcopy(args)
     model, data, recipe, run = args.model, args.data, args.recipe, args.run
     method, size, config = origin.method, origin.size, origin.beit.config
-    require(model.size in (None, *SIZES), f"--size {model.size} does not exist: choose from {', '.join(SIZES)}")
-    require(model.size in (None, size),
-            f"--size {model.size} was asked for, but {origin.name} is {size or 'of no known size'} "
-            f"({config.hidden_size} wide, {config.num_hidden_layers} blocks)")
+    resolve_encoder(model, origin)
     own = None if origin.classifier is None else "mean" if config.use_mean_pooling else "class"
     fill(model, "pooling", own or "mean")
     require(model.pooling in ("mean", "class"), f"--pooling is {model.pooling}: it is mean or class")
     require(model.new_head or own in (None, model.pooling),
             f"--pooling {model.pooling}: the classifier of {origin.name} was tuned with {own}: pass --new-head")
     lr, decay, epochs, warmup = RECIPES[method, size or "base"]
-    nano, tiny, large = size == "nano", size == "tiny", size in ("large", "huge")
-    fill(model, "image_size", config.image_size)
-    require(model.image_size > 0 and model.image_size % config.patch_size == 0,
-            f"--image-size {model.image_size} is not divisible by the patch of {config.patch_size} pixels")
-    fill(model, "drop_path", 0.0 if nano or tiny else 0.2 if large else 0.1)
+    nano, tiny = size == "nano", size == "tiny"
     fill(recipe, "layer_decay", decay)
     fill(recipe, "label_smoothing", 0.0 if tiny else 0.1)
     fill(recipe, "mixup", 0.0 if nano else 0.2 if tiny else 0.8)
@@ -227,21 +236,45 @@ def resolve(args, origin, world=1, images=None):
     fill(recipe, "warmup_epochs", old.get("warmup_epochs"))  # that of the resumed run, also if it is to be longer now
     if run.epochs is not None:
         fill(recipe, "warmup_epochs", min(float(warmup), run.epochs / 10))
-    for name in ("layer_decay", "label_smoothing", "erasing", "crop_ratio", "ema"):
-        value = getattr(recipe, name)
-        require(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: it must lie between 0 and 1")
-    require(recipe.crop_ratio > 0 and recipe.layer_decay > 0, "--crop-ratio and --layer-decay must be positive")
-    require_not_negative(recipe, "min_lr", "warmup_epochs", "weight_decay", "clip_grad", "mixup", "cutmix")
+    require_shares(recipe, "label_smoothing", "erasing", "crop_ratio")
+    require_positive(recipe, "crop_ratio")
+    require_not_negative(recipe, "min_lr", "warmup_epochs", "mixup", "cutmix")
     require_views(recipe)
-    require_positive(recipe, "lr", "eval_every")
+    require_optimizer(recipe)
     require(0 <= recipe.randaugment <= 10, f"--randaugment is {recipe.randaugment}: it must lie between 0 and 10")
     require(recipe.eval_only or not recipe.randaugment or find_spec("timm"),
             "--randaugment is timm's, which is not installed: pip install timm, or --randaugment 0")
-    require(0 <= model.drop_path < 1, f"--drop-path is {model.drop_path}: it must lie in [0, 1)")
     mixes = recipe.mixup > 0 or recipe.cutmix > 0
     require(not mixes or data.batch_size > 1,
             "--mixup and --cutmix mix the images of a batch, and --batch-size is 1: make it larger, or both of them 0")
     return args
+
+
+def resolve_encoder(model, origin, image_size=None):
+    """EncoderArgs filled in, for any task; `image_size` is the recipe's, None: the checkpoint's. Raises UserError."""
+    config, size = origin.beit.config, origin.size
+    require(model.size in (None, *SIZES), f"--size {model.size} does not exist: choose from {', '.join(SIZES)}")
+    require(model.size in (None, size),
+            f"--size {model.size} was asked for, but {origin.name} is {size or 'of no known size'} "
+            f"({config.hidden_size} wide, {config.num_hidden_layers} blocks)")
+    fill(model, "image_size", image_size or config.image_size)
+    require(model.image_size > 0 and model.image_size % config.patch_size == 0,
+            f"--image-size {model.image_size} is not divisible by the patch of {config.patch_size} pixels")
+    fill(model, "drop_path", 0.0 if size in ("nano", "tiny") else 0.2 if size in ("large", "huge") else 0.1)
+    require(0 <= model.drop_path < 1, f"--drop-path is {model.drop_path}: it must lie in [0, 1)")
+
+
+def require_optimizer(recipe):
+    """What every task asks of its OptimizerArgs. Raises UserError."""
+    require_shares(recipe, "layer_decay", "ema", "flip")
+    require_not_negative(recipe, "weight_decay", "clip_grad")
+    require_positive(recipe, "lr", "layer_decay", "eval_every", "eval_steps")
+
+
+def require_shares(group, *names):
+    for name in names:
+        value = getattr(group, name)
+        require(0 <= value <= 1, f"--{name.replace('_', '-')} is {value}: it must lie between 0 and 1")
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -261,6 +294,10 @@ class Origin:
     method: str
     size: str | None
     name: str
+    cae: nn.Module | None = None
+    """The CAE that it came from, if it is one."""
+    tuned: nn.Module | None = None
+    """The whole model that segments or detects, if it is one; `labels` are its classes."""
 
 
 def load_origin(args, seed=0):
@@ -277,7 +314,7 @@ def size_of(width, depth):
 
 def of_cae(model, name):
     config = model.config
-    return Origin(to_beit(model), None, None, config.method, size_of(config.dim, config.depth), name)
+    return Origin(to_beit(model), None, None, config.method, size_of(config.dim, config.depth), name, model)
 
 
 def of_beit(name, config):
@@ -318,18 +355,12 @@ def build_model(args, origin, classes):
     config.cae_method = origin.method  # for the recipe, should it be tuned further
     config.architectures = ["BeitForImageClassification"]
     model = BeitForImageClassification(config)
-    state = {f"beit.{name}": value for name, value in origin.beit.state_dict().items()}
-    state.pop("beit.embeddings.mask_token", None)
+    state = encoder_state(origin.beit, args.image_size)
     if config.use_mean_pooling != old.use_mean_pooling:  # the last norm is before the pooling or after it
         norms = ["beit.layernorm", "beit.pooler.layernorm"]
         source, target = norms if config.use_mean_pooling else reversed(norms)
         for part in ("weight", "bias"):
             state[f"{target}.{part}"] = state.pop(f"{source}.{part}")
-    if old.use_absolute_position_embeddings:
-        state["beit.embeddings.position_embeddings"] = resize_positions(origin.beit, args.image_size)
-    for name, value in list(state.items()):
-        if name.endswith("relative_position_bias_table"):
-            state[name] = resize_table(value, 2 * args.image_size // old.patch_size - 1)
     head = {"classifier.weight": model.classifier.weight, "classifier.bias": model.classifier.bias}
     if tuned and not args.new_head:
         require(list(origin.labels) == list(classes),
@@ -346,6 +377,18 @@ def build_model(args, origin, classes):
     if old.use_absolute_position_embeddings:
         model.beit.embeddings.position_embeddings.requires_grad_(not is_fixed(origin.beit))
     return model.train()
+
+
+def encoder_state(beit, image_size):
+    """State dict of an encoder for another image size, by the names that transformers' models have it under."""
+    state = {f"beit.{name}": value for name, value in beit.state_dict().items()}
+    state.pop("beit.embeddings.mask_token", None)
+    if beit.config.use_absolute_position_embeddings:
+        state["beit.embeddings.position_embeddings"] = resize_positions(beit, image_size)
+    for name, value in list(state.items()):
+        if name.endswith("relative_position_bias_table"):
+            state[name] = resize_table(value, 2 * image_size // beit.config.patch_size - 1)
+    return state
 
 
 def is_fixed(beit):
@@ -380,18 +423,21 @@ def resize_table(table, side):
     return torch.cat([grid.flatten(2)[0].T, table[-3:]])                                 # (side^2 + 3, heads)
 
 
-def parameter_groups(model, layer_decay, weight_decay):
+def parameter_groups(model, embeddings, blocks, layer_decay, weight_decay, encoder_factor=1.0):
     """Groups of trainable parameters for layer-wise decay of the learning rate: scale = decay^(depth + 1 - id), where
-    id is 0 for patch embedding and class token, i + 1 for block i, depth + 1 for the rest."""
-    depth, groups = model.config.num_hidden_layers, {}
+    id is 0 for the encoder's `embeddings`, i + 1 for its i-th of `blocks`, depth + 1 for the rest of the model.
+    `encoder_factor` is one more on the encoder's. (The blocks are told by what they are: a decoder has `layers`, too.)
+    """
+    layers = [embeddings, *blocks]
+    depth, groups = len(blocks), {}
+    layer_of = {parameter: i for i, layer in enumerate(layers) for parameter in layer.parameters()}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        block = re.match(r"beit\.layers\.(\d+)\.", name)
-        layer = int(block.group(1)) + 1 if block else 0 if name.startswith("beit.embeddings.") else depth + 1
+        layer = layer_of.get(parameter, depth + 1)
         decays = parameter.ndim > 1 and not name.endswith("cls_token")
-        group = {"params": [], "scale": layer_decay ** (depth + 1 - layer), "layer": layer,
-                 "weight_decay": weight_decay if decays else 0.0}  # fmt: skip
+        scale = layer_decay ** (depth + 1 - layer) * (encoder_factor if layer <= depth else 1.0)
+        group = {"params": [], "scale": scale, "layer": layer, "weight_decay": weight_decay if decays else 0.0}
         groups.setdefault((layer, decays), group)["params"].append(parameter)
     return list(groups.values())
 
@@ -479,7 +525,101 @@ def mixing(recipe, num_classes):
 
 
 # ----------------------------------------------------------------------------------------------------------------
-# The loop.
+# The task. `tune` asks these things of it; dense.py has two more that answer them.
+
+
+class Classification:
+    """Images -> one class each. The order of the methods is that in which they are called.
+
+    Fields for the loop: name; metric, the score by which the best evaluation is chosen; train_source (None with
+    --eval-only), val_source, classes; args; skipped, files to evaluate on that could not be used.
+    """
+
+    name, metric = "classify", "top1"
+    title = "Image classifier, fine-tuned from a context autoencoder"
+    pipeline, tags = "image-classification", ["image-classification", "beit", "cae"]
+
+    def load(self, model, seed):
+        """EncoderArgs -> Origin. Raises UserError."""
+        return load_origin(model, seed)
+
+    def resolve(self, args, origin, world, images=None):
+        """Arguments with every None filled in; `images` to learn from, once it is known. Raises UserError."""
+        return resolve(args, origin, world, images)
+
+    def open(self, args, origin, world):
+        """The data, and the classes. Raises UserError."""
+        self.train_source, self.val_source, self.classes = open_data(args, origin, world)
+
+    def build(self, args, origin):
+        """The model in training mode. Raises UserError."""
+        self.args, self.origin, self.skipped = args, origin, []
+        return build_model(args.model, origin, self.classes)
+
+    def encoder(self, model):
+        """The encoder's embeddings and its blocks, for layer-wise decay; and what --compile compiles."""
+        return model.beit.embeddings, model.beit.layers, model
+
+    def peak(self):
+        """The highest learning rate."""
+        return self.args.recipe.lr * self.args.data.effective_batch_size / 1024
+
+    def warmup(self, length):
+        """Steps in which the learning rate rises. Raises UserError."""
+        return length.warmup(self.args.recipe.warmup_epochs, share=20)
+
+    def learning_rate(self, step, length, warmup):
+        return learning_rate(step, length.steps, warmup, self.peak(), self.args.recipe.min_lr)
+
+    def train_view(self):
+        """Of images to learn from: a pure function of the image and a seed."""
+        self.mix = mixing(self.args.recipe, len(self.classes))
+        return TrainView(self.args.model.image_size, self.args.recipe)
+
+    def losses(self, model, images, boxes, labels):
+        """What the view gives, and labels (B) -> {"loss": a scalar, ...}."""
+        images = to_input(images)                                                        # (B, 3, S, S)
+        if self.args.recipe.erasing:
+            images = erase(images, boxes)
+        images, labels = self.mix(images, labels)
+        logits = model(images).logits.float()                                            # (B, C)
+        return {"loss": F.cross_entropy(logits, labels, label_smoothing=self.args.recipe.label_smoothing)}
+
+    def evaluate(self, run, model):
+        """{score: percent} of a model, and on how many images. Called on all ranks. Raises UserError and RunError."""
+        view = CenterCrop(self.args.model.image_size, self.args.recipe.crop_ratio)
+        batches = evaluation_batches(run.accelerator, self.val_source, view, self.args.data, "images to evaluate on",
+                                     self.skipped)  # fmt: skip
+        batches = ((to_input(images), labels) for images, labels in batches)
+        (top1, top5), images = accuracy(run.accelerator, lambda x: model(x).logits, batches)
+        return {"top1": top1, "top5": top5}, images
+
+    def write(self, folder, model):
+        """model/, but for the card."""
+        model.save_pretrained(folder)
+        image_processor(self.args).save_pretrained(folder)
+
+    def card(self, scores, images):
+        """(the model in a sentence, how good it is, how to use it), for the model card."""
+        found = (f"top-1 {scores['top1']:.2f} %, top-5 {scores['top5']:.2f} % on the {images} images of split "
+                 f"{markdown(self.args.labels.val_split)}") if scores else "not measured yet"  # fmt: skip
+        usage = """from transformers import pipeline
+
+classify = pipeline("image-classification", "PATH OR ID OF THIS FOLDER")
+classify("image.jpg")"""
+        return "A `BeitForImageClassification` of transformers", f"Accuracy: {found}.", usage
+
+    def table(self, scores, size):
+        """Its last lines: {column: score}, published rows [(name, {score: percent})] and where they were measured;
+        then, for dense tasks, the header and the rows of a table per class."""
+        same = [row for row in PUBLISHED if row[2] == size and row[3]]
+        same.sort(key=lambda row: row[1] != self.origin.method)
+        published = [(name, {"top1": top1}) for name, _, _, top1, _ in same]
+        where = "ImageNet-1K" if len(self.classes) == 1000 else "on ImageNet-1K"
+        return {"top-1": "top1", "top-5": "top5"}, published, where
+
+    def last_line(self, folder):
+        return f'the classifier: transformers.pipeline("image-classification", "{folder}")'
 
 
 def learning_rate(step, total, warmup, peak, final):
@@ -488,120 +628,6 @@ def learning_rate(step, total, warmup, peak, final):
     if step < warmup:
         return peak * step / max(warmup - 1, 1)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
-
-
-def classify(asked):
-    """Fine-tune or evaluate a classifier. Raises UserError and RunError."""
-    task = "evaluate" if asked.recipe.eval_only else "classify"
-    fill(asked.run, "run_dir", default_run_dir(task, asked.model, asked.data))
-    with Run(asked, "cae-finetune") as run:
-        with run.main_process_first():
-            origin = load_origin(asked.model, asked.run.seed)
-            args = resolve(asked, origin, run.world)  # the recipe depends on the checkpoint's method and size
-            train_source, val_source, classes = open_data(args, origin, run.world)
-            asked.labels = args.labels  # now with the split to evaluate on
-            args = resolve(asked, origin, run.world, train_source and train_source.num_images)  # a batch that fits
-            recipe, data = args.recipe, args.data
-            torch.manual_seed(args.run.seed)
-            model = build_model(args.model, origin, classes)
-            length = None if recipe.eval_only else length_of_run(args.run, data, train_source)
-            warmup = length and length.warmup(recipe.warmup_epochs, share=20)
-            require(recipe.ema == 0 or recipe.eval_only or length.steps * (1 - recipe.ema) >= 3,
-                    f"--ema {recipe.ema} averages over more steps than a third of the {length and length.steps} of the "
-                    "run: lower it")
-            run.open_folder(args, task="classify", weights=fingerprint(origin.beit.state_dict()))
-        if run.is_main:
-            warn_if_seen(args.model.checkpoint, data)
-        millions = sum(p.numel() for p in model.parameters()) / 1e6
-        run.header(f"classify: {origin.name}, {millions:.1f} M parameters, {args.model.image_size} pixels, "
-                   f"{len(classes)} classes", length)  # fmt: skip
-        about = {"origin": origin.name, "method": origin.method, "size": origin.size, "classes": len(classes)}
-        skipped = []  # files of this process's part of the split to evaluate on that could not be used
-        measure = partial(accuracy_of, run, args, val_source, skipped)
-
-        if recipe.eval_only:
-            if run.is_main:
-                write_config(run.folder, run.values, model.config.to_dict())
-            tops, images = measure(model.to(run.device).eval())
-            evaluations = [{"step": 0, "epoch": None, "images": images, "accuracy": tops}]
-            return finish(args, run, evaluations, about, len(skipped))
-
-        groups = parameter_groups(model, recipe.layer_decay, recipe.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        ema = None
-        if recipe.ema:
-            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(run.device)
-        if args.run.compile:
-            model.compile()
-        model, optimizer = run.prepare(model, optimizer)  # DDP; forward under autocast
-        unwrapped = run.accelerator.unwrap_model(model)
-        if ema is not None:
-            ema.eval().requires_grad_(False).update_parameters(unwrapped)  # the first call copies: it starts from here
-            run.accelerator.register_for_checkpointing(ema)
-        eval_model = unwrapped if ema is None else ema  # what is evaluated and written
-        # Restores what a checkpoint holds, if there is one: weights, optimizer state, EMA, the evaluations so far, the
-        # number of steps and of skipped ones, the position in the data.
-        run.resume(length, unwrapped.config.to_dict())
-        evaluations = run.memory.setdefault("evaluations", [])
-        stream = run.stream(train_source, TrainView(args.model.image_size, recipe))
-        mix = mixing(recipe, len(classes))
-        model.train()
-
-        def write_model(folder, step, weights=None):
-            """model/ beside each checkpoint, and best/."""
-            evaluation = next((e for e in evaluations if e["step"] == step), None)
-            write_classifier(folder, eval_model, args, about, step, evaluation)
-
-        def evaluate(line):
-            """After an epoch; best/ is written if there was nothing better."""
-            eval_model.eval()
-            tops, images = measure(eval_model)
-            model.train()
-            evaluations.append({"step": line["step"], "epoch": line["epoch"], "images": images, "accuracy": tops})
-            is_best = evaluations[-1] is best_of(evaluations) or not (run.folder / "best").exists()
-            if run.is_main and is_best:
-                problem = write_model_folder(run.folder / "best", partial(write_model, step=line["step"]))
-                if problem:
-                    print(printable(f"warning: {run.folder / 'best'} could not be written: {problem}"), file=sys.stderr)
-            return {"top1": tops[0], "top5": tops[1]}
-
-        peak = recipe.lr * data.effective_batch_size / 1024
-        # From the checkpoint's step on; in between it logs (--log-every), evaluates (--eval-every) and saves.
-        for step in run.steps(stream, evaluate=evaluate, evaluate_every=recipe.eval_every, write_model=write_model):
-            lr = learning_rate(step, length.steps, warmup, peak, recipe.min_lr)
-            for group in optimizer.param_groups:
-                group["lr"] = lr * group["scale"]  # layer-wise decay
-            run.log({"lr": lr})
-
-            # Gradients add up over run.accumulation micro-batches: effective batch / (batch of a process * processes).
-            for images, boxes, labels in run.micro_batches():
-                images = to_input(images)                                                # (B, 3, S, S)
-                if recipe.erasing:
-                    images = erase(images, boxes)
-                images, labels = mix(images, labels)
-                with run.accumulate(model):  # DDP joins gradients in the last micro-batch only
-                    logits = model(images).logits.float()                                # (B, C)
-                    loss = F.cross_entropy(logits, labels, label_smoothing=recipe.label_smoothing)
-                    run.backward(loss)  # (loss / run.accumulation).backward()
-                run.log({"loss": loss})
-            # Clips the gradient, optimizer.step(), optimizer.zero_grad(); skipped if the gradient is not finite.
-            run.update(optimizer, clip_grad=recipe.clip_grad)
-            if ema is not None:
-                with torch.no_grad():  # update_parameters would ask the device for its count, and wait
-                    ema.multi_avg_fn(list(ema.module.parameters()), list(unwrapped.parameters()), None)
-
-        finish(args, run, evaluations, about, len(skipped))
-
-
-def accuracy_of(run, args, source, skipped, model):
-    """Top-1 and top-5 accuracy of a model in percent, and on how many images; `skipped` collects files that could not
-    be used. Called on all ranks. Raises UserError and RunError."""
-    view = CenterCrop(args.model.image_size, args.recipe.crop_ratio)
-    batches = evaluation_batches(run.accelerator, source, view, args.data, "images to evaluate on", skipped)
-    batches = ((to_input(images), labels) for images, labels in batches)
-    tops, images = accuracy(run.accelerator, lambda x: model(x).logits, batches)
-    require(images, f"split {args.labels.val_split} of {source.name} holds no image with a label")
-    return tops, images
 
 
 def open_data(args, origin, world):
@@ -622,15 +648,6 @@ def to_input(images):
     return normalize(images.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def best_of(evaluations):
-    """The evaluation with the highest top-1; the first of equals."""
-    return max(evaluations, key=lambda evaluation: evaluation["accuracy"][0])
-
-
-# ----------------------------------------------------------------------------------------------------------------
-# What is written.
-
-
 def image_processor(args):
     """The evaluation's view as an image processor of transformers: shorter side, bicubic, centre crop, ImageNet's mean
     and standard deviation."""
@@ -644,55 +661,186 @@ def image_processor(args):
     )  # fmt: skip
 
 
-def write_classifier(folder, model, args, about, step, evaluation):
-    """model/: what transformers loads, with image processor and model card."""
+# ----------------------------------------------------------------------------------------------------------------
+# The loop.
+
+
+def tune(asked, task):
+    """Fine-tune or evaluate a model of this task. Raises UserError and RunError."""
+    eval_only = asked.recipe.eval_only
+    fill(asked.run, "run_dir", default_run_dir("evaluate" if eval_only else task.name, asked.model, asked.data))
+    with Run(asked, "cae-finetune") as run:
+        with run.main_process_first():
+            origin = task.load(asked.model, asked.run.seed)
+            args = task.resolve(asked, origin, run.world)  # the recipe depends on the checkpoint's method and size
+            task.open(args, origin, run.world)
+            asked.labels = args.labels  # now with the split to evaluate on
+            args = task.resolve(asked, origin, run.world, task.train_source and task.train_source.num_images)
+            recipe, data = args.recipe, args.data
+            torch.manual_seed(args.run.seed)
+            model = task.build(args, origin)
+            length = None if eval_only else length_of_run(args.run, data, task.train_source)
+            warmup = length and task.warmup(length)
+            require(recipe.ema == 0 or eval_only or length.steps * (1 - recipe.ema) >= 3,
+                    f"--ema {recipe.ema} averages over more steps than a third of the {length and length.steps} of the "
+                    "run: lower it")
+            run.open_folder(args, task=task.name, weights=fingerprint(origin.beit.state_dict()))
+        if run.is_main:
+            warn_if_seen(args.model.checkpoint, data)
+        millions = sum(p.numel() for p in model.parameters()) / 1e6
+        run.header(f"{task.name}: {origin.name}, {millions:.1f} M parameters, {args.model.image_size} pixels, "
+                   f"{len(task.classes)} classes", length)  # fmt: skip
+
+        if eval_only:
+            if run.is_main:
+                write_config(run.folder, run.values, model.config.to_dict())
+            scores, images = measure(run, task, model.to(run.device).eval())
+            return finish(run, task, model, [{"step": 0, "epoch": None, "images": images, "scores": scores}])
+
+        embeddings, blocks, compiled = task.encoder(model)
+        factor = getattr(recipe, "encoder_factor", 1.0)
+        groups = parameter_groups(model, embeddings, blocks, recipe.layer_decay, recipe.weight_decay, factor)
+        optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
+        on_gpus = run.world > 1 and run.device.type == "cuda"
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpus else model  # the same where there is none
+        ema = None
+        if recipe.ema:
+            ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(run.device)
+        if args.run.compile:
+            compiled.compile()
+        model, optimizer = run.prepare(model, optimizer)  # DDP; forward under autocast
+        unwrapped = run.accelerator.unwrap_model(model)
+        if ema is not None:
+            ema.eval().requires_grad_(False).update_parameters(unwrapped)  # the first call copies: it starts from here
+            run.accelerator.register_for_checkpointing(ema)
+        eval_model = unwrapped if ema is None else ema.module  # what is evaluated and written
+        # Restores what a checkpoint holds, if there is one: weights, optimizer state, EMA, the evaluations so far, the
+        # number of steps and of skipped ones, the position in the data.
+        run.resume(length, unwrapped.config.to_dict())
+        evaluations = run.memory.setdefault("evaluations", [])
+        for evaluation in evaluations:
+            if "accuracy" in evaluation:  # of runs from before there were other tasks
+                evaluation["scores"] = dict(zip(("top1", "top5"), evaluation.pop("accuracy"), strict=True))
+        stream = run.stream(task.train_source, task.train_view())
+        model.train()
+
+        def write_model(folder, step, weights=None):
+            """model/ beside each checkpoint, and best/."""
+            write_tuned(folder, eval_model, task, step, evaluations)
+
+        def evaluate(line):
+            """After an epoch; best/ is written if there was nothing better."""
+            eval_model.eval()
+            scores, images = measure(run, task, eval_model)
+            model.train()
+            evaluations.append({"step": line["step"], "epoch": line["epoch"], "images": images, "scores": scores})
+            is_best = evaluations[-1] is best_of(evaluations, task.metric) or not (run.folder / "best").exists()
+            if run.is_main and is_best:
+                problem = write_model_folder(run.folder / "best", partial(write_model, step=line["step"]))
+                if problem:
+                    print(printable(f"warning: {run.folder / 'best'} could not be written: {problem}"), file=sys.stderr)
+            return numbers_of(scores)
+
+        # From the checkpoint's step on; in between it logs (--log-every), evaluates (--eval-every) and saves.
+        for step in run.steps(stream, evaluate=evaluate, evaluate_every=recipe.eval_every,
+                              evaluate_steps=recipe.eval_steps, write_model=write_model):  # fmt: skip
+            lr = task.learning_rate(step, length, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr * group["scale"]  # layer-wise decay
+            run.log({"lr": lr})
+
+            # Gradients add up over run.accumulation micro-batches: effective batch / (batch of a process * processes).
+            for batch in run.micro_batches():
+                with run.accumulate(model):  # DDP joins gradients in the last micro-batch only
+                    losses = task.losses(model, *batch)
+                    run.backward(losses["loss"])  # (loss / run.accumulation).backward()
+                run.log(losses)
+            # Clips the gradient, optimizer.step(), optimizer.zero_grad(); skipped if the gradient is not finite.
+            run.update(optimizer, clip_grad=recipe.clip_grad)
+            if run.world > 1 and not on_gpus:
+                join_statistics(run.accelerator, unwrapped)
+            if ema is not None:
+                with torch.no_grad():  # update_parameters would ask the device for its count, and wait
+                    ema.multi_avg_fn(list(ema.module.parameters()), list(unwrapped.parameters()), None)
+                    for average, buffer in zip(ema.module.buffers(), unwrapped.buffers(), strict=True):
+                        average.copy_(buffer)  # BatchNorm's statistics are averages already
+
+        finish(run, task, eval_model, evaluations)
+
+
+def measure(run, task, model):
+    """task.evaluate, without gradients and for images that there are. Raises UserError and RunError."""
+    with torch.no_grad():
+        scores, images = task.evaluate(run, model)
+    require(images, f"split {task.args.labels.val_split} of {task.val_source.name} holds no image with a label")
+    return scores, images
+
+
+def join_statistics(accelerator, model):
+    """BatchNorm's running statistics become the mean of all processes': gloo, on CPUs, knows no SyncBatchNorm, so each
+    process normalises by its own batch."""
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
+    if statistics:
+        mean = accelerator.reduce(torch.cat(statistics), "mean")
+        for buffer, value in zip(statistics, mean.split([len(buffer) for buffer in statistics]), strict=True):
+            buffer.copy_(value)
+
+
+def numbers_of(scores):
+    """Of the scores those that are one number."""
+    return {name: value for name, value in scores.items() if value is None or isinstance(value, (int, float))}
+
+
+def best_of(evaluations, metric):
+    """The evaluation with the highest score; the first of equals."""
+    return max(evaluations, key=lambda evaluation: evaluation["scores"][metric] or 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------------------
+# What is written.
+
+
+def write_tuned(folder, model, task, step, evaluations):
+    """model/: what transformers loads, with its processor and a model card."""
     from transformers.utils import logging as transformers_logging
 
-    unwrapped = model.module if isinstance(model, AveragedModel) else model
     transformers_logging.disable_progress_bar()  # of a single file
-    unwrapped.save_pretrained(folder)
-    image_processor(args).save_pretrained(folder)
-    model_card(args, about, step, evaluation).save(folder / "README.md")
+    task.write(folder, model)
+    evaluation = next((e for e in evaluations if e["step"] == step), None)
+    model_card(task, step, evaluation).save(folder / "README.md")
 
 
-def model_card(args, about, step, evaluation):
+def model_card(task, step, evaluation):
     """What was trained, on what, how, and how good it is."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    data, recipe = args.data, args.recipe
+    args, origin = task.args, task.origin
+    data = args.data
     is_hub = "/" in data.dataset and not Path(data.dataset).exists()
-    header = ModelCardData(library_name="transformers", pipeline_tag="image-classification", license="apache-2.0",
-                         tags=["image-classification", "beit", "cae"], datasets=[data.dataset] if is_hub else None)
-    accuracy = "not measured yet"
-    if evaluation:
-        top1, top5 = evaluation["accuracy"]
-        accuracy = (f"top-1 {top1:.2f} %, top-5 {top5:.2f} % on the {evaluation['images']} images of split "
-                    f"{markdown(args.labels.val_split)}")  # fmt: skip
+    header = ModelCardData(library_name="transformers", pipeline_tag=task.pipeline, license="apache-2.0",
+                         tags=task.tags, datasets=[data.dataset] if is_hub else None)
+    model, accuracy, usage = task.card(*((evaluation["scores"], evaluation["images"]) if evaluation else (None, 0)))
     values = {**flat(args), "steps done": step}
     lines = "\n".join(f"| {name} | {markdown(value)} |" for name, value in values.items())
     return ModelCard(f"""---
 {header.to_yaml()}
 ---
 
-# Image classifier, fine-tuned from a context autoencoder
+# {task.title}
 
-A `BeitForImageClassification` of transformers: {markdown(about['origin'])} (method {markdown(about['method'])}, size
-{about['size']}), fine-tuned end to end on {markdown(data.dataset)}, split {markdown(data.split)}, {about['classes']}
-classes, at {args.model.image_size} pixels.
+{model}: {markdown(origin.name)} (method {markdown(origin.method)}, size {origin.size}), fine-tuned end to end on
+{markdown(data.dataset)}, split {markdown(data.split)}, {len(task.classes)} classes, at {args.model.image_size} pixels.
 
-Accuracy: {accuracy}.
+{accuracy}
 
 ```python
-from transformers import pipeline
-
-classify = pipeline("image-classification", "PATH OR ID OF THIS FOLDER")
-classify("image.jpg")
+{usage}
 ```
 
 ## Recipe
 
-AdamW (0.9, 0.999), learning rate {recipe.lr:g} per 1024 images, layer-wise decay {recipe.layer_decay:g}, cosine per
-step. Every value:
+AdamW (0.9, 0.999), highest learning rate {task.peak():g}, layer-wise decay {args.recipe.layer_decay:g}. Every value:
 
 | | |
 |---|---|
@@ -700,48 +848,63 @@ step. Every value:
 """)
 
 
-def finish(args, run, evaluations, about, skipped):
-    """Table, result.json, upload; called on all ranks."""
-    last, top = evaluations[-1], best_of(evaluations)
-    skipped = sum(run.gather([skipped]))
+def finish(run, task, model, evaluations):
+    """Table, result.json, pictures, upload; called on all ranks."""
+    args, origin, last, top = task.args, task.origin, evaluations[-1], best_of(evaluations, task.metric)
+    skipped = sum(run.gather([len(task.skipped)]))
     run.end()
     if not run.is_main:
         return
-    same = [row for row in PUBLISHED if row[2] == about["size"] and row[3]]
-    result = run.write_result("finetune.py", {
-        "task": "classify",
-        "top1": round(last["accuracy"][0], 3),
-        "top5": round(last["accuracy"][1], 3),
-        "best_epoch_top1": round(top["accuracy"][0], 3),
+    scores, best = last["scores"], top["scores"][task.metric]
+    columns, published, where, *per_class = task.table(scores, origin.size)
+    rounded = {name: None if value is None else round(value, 3) for name, value in numbers_of(scores).items()}
+    result = {
+        "task": task.name,
+        **rounded,
+        **{name: value for name, value in scores.items() if name not in rounded},
+        f"best_epoch_{task.metric}": best and round(best, 3),
         "best_epoch": top["epoch"],
         "epochs": last["epoch"],
         "steps": last["step"],
         "images": last["images"],
         "skipped": skipped,
-        "encoder": about["origin"],
-        **about,
+        "encoder": origin.name,
+        "origin": origin.name,
+        "method": origin.method,
+        "size": origin.size,
+        "classes": len(task.classes),
         "image_size": args.model.image_size,
         "dataset": args.data.dataset,
         "split": args.data.split,
         "val_split": args.labels.val_split,
         "batch": args.data.effective_batch_size,
         "seed": args.run.seed,
-        "reference": [{"model": name, "top1": top1} for name, _, _, top1, _ in
-                      sorted(same, key=lambda row: row[1] != about["method"])],
-    })  # fmt: skip
+        "reference": [{"model": name, **figures} for name, figures in published],
+    }  # fmt: skip
+    if getattr(args.run, "save_pictures", 0):
+        result["pictures"] = str(task.save_pictures(run, model.eval()))
+    result = run.write_result("finetune.py", result)
     if args.run.push_to_hub and not args.recipe.eval_only:
         result["hub"] = push(run.folder / "model", args.run.push_to_hub)
         write_text(run.folder / "result.json", json.dumps(result, indent=2))
-    rows = [(about["origin"], result["top1"], result["top5"])]
-    rows += [(f"{row['model']} ({'' if about['classes'] == 1000 else 'on '}ImageNet-1K)", row["top1"], None)
-             for row in result["reference"]]  # fmt: skip
-    width = max(34, *(len(name) + 2 for name, _, _ in rows))
-    lines = [f"{name:{width}}{top1:8.1f}" + (f"{top5:8.1f}" if top5 is not None else "") for name, top1, top5 in rows]
-    lines = ["", f"{'fine-tuned':{width}}{'top-1':>8}{'top-5':>8}", *lines]
+    rows = [(origin.name, rounded), *((f"{name} ({where})", figures) for name, figures in published)]
+    rows = [(name, *(figures.get(score) for score in columns.values())) for name, figures in rows]
+    lines = [line for header, table in [*zip(per_class[::2], per_class[1::2], strict=True),
+                                        (("fine-tuned", *columns), rows)] for line in table_lines(header, table)]
     if not args.recipe.eval_only:
-        lines += [f"best epoch: top-1 {result['best_epoch_top1']:.1f}, chosen on these images",
-                  "", f'the classifier: transformers.pipeline("image-classification", "{run.folder / "model"}")']
+        column = next(column for column, score in columns.items() if score == task.metric)
+        lines += [f"best epoch: {column} {best or 0:.1f}, chosen on these images", "",
+                  task.last_line(run.folder / "model")]  # fmt: skip
     run.print_result(lines, result)
+
+
+def table_lines(header, rows):
+    """A table for the terminal: names, and figures of one decimal or None."""
+    width = max(34, *(len(name) + 2 for name, *_ in rows))
+    lines = ["", f"{header[0]:{width}}" + "".join(f"{column:>8}" for column in header[1:])]
+    for name, *figures in rows:
+        lines.append((f"{name:{width}}" + "".join(" " * 8 if v is None else f"{v:8.1f}" for v in figures)).rstrip())
+    return lines
 
 
 def push(folder, hub_id):
@@ -751,10 +914,22 @@ def push(folder, hub_id):
     try:
         api = HfApi()
         api.create_repo(hub_id, exist_ok=True)
-        return str(api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Fine-tuned classifier"))
+        return str(api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Fine-tuned model"))
     except Exception as error:  # the Hub's client has errors of its own for every way in which a network fails
         raise RunError(f"{folder} could not be uploaded to {hub_id}: {first_line(error)}; it is whole, try again "
                        f"with `hf upload {hub_id} {folder}`") from error  # fmt: skip
+
+
+def kinds_of(command):
+    """A sub-command's arguments and its task. Raises UserError."""
+    require(command in ("classify", "segment", "detect"),
+            f"finetune.py {command}: there is no such command; give classify, segment or detect")
+    if command == "classify":
+        return Classify, Classification
+    sys.modules.setdefault("finetune", sys.modules[__name__])  # dense.py imports this file by its name
+    import dense
+
+    return (dense.Segment, dense.Segmentation) if command == "segment" else (dense.Detect, dense.Detection)
 
 
 def main():
@@ -764,8 +939,8 @@ def main():
         command, flags = "classify", ["--help"]
 
     def work():
-        require(command == "classify", f"finetune.py {command}: there is no such command; give classify")
-        classify(parse(Classify, flags, prog="finetune.py classify"))
+        arguments, task = kinds_of(command)
+        tune(parse(arguments, flags, prog=f"finetune.py {command}"), task())
 
     command_line(work)
 

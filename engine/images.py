@@ -11,6 +11,7 @@ import math
 import warnings
 from functools import cache, lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageFile, UnidentifiedImageError
@@ -228,6 +229,15 @@ def resize(pixels, size):
 
 
 def to_device(tensor, device):
-    """Copy to the device; to a GPU from pinned memory, so that the host does not wait."""
+    """Copy to the device; to a GPU from pinned memory, so that the host does not wait. Of lists and dicts what is in
+    them; numpy's arrays become tensors, what is no array stays as it is."""
+    if isinstance(tensor, (list, dict)):
+        keys = tensor if isinstance(tensor, dict) else range(len(tensor))
+        moved = {key: to_device(tensor[key], device) for key in keys}
+        return moved if isinstance(tensor, dict) else list(moved.values())
+    if isinstance(tensor, np.ndarray):
+        tensor = torch.from_numpy(tensor)
+    if not isinstance(tensor, torch.Tensor):
+        return tensor
     pin = device.type == "cuda" and tensor.device.type == "cpu"
     return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)

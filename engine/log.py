@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
+SCORES = {"top1": "top-1", "miou": "mIoU", "ap": "AP"}  # of evaluations, as the bar calls them
 QUIET = 30.0  # seconds without a line, after which the terminal is told where the run is
 MUCH_WAITING, JUDGED_AFTER = 0.1, 30.0  # share of the time without data that is worth a line, and seconds to judge by
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # tqdm's own without its rate
@@ -104,8 +105,9 @@ class Log:
         except (OSError, RuntimeError) as error:  # the run is worth more than its curves
             tqdm.write(f"warning: the tracker failed: {first_line(error)}", file=sys.stderr)
         with self.lock:
-            if "top1" in values:
-                self.top1 = f"  top-1 {values['top1']:.1f}"
+            for name, word in SCORES.items():
+                if values.get(name) is not None:
+                    self.top1 = f"  {word} {values[name]:.1f}"
             self._know(values["loss"])
             if shown or not self.bar.disable:
                 self.is_first = False

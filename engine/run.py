@@ -294,14 +294,15 @@ class Run:
 
     # ------------------------------------------------------------------------------------------------------ the loop
 
-    def steps(self, stream, *, evaluate=None, evaluate_every=1.0, write_model=None, before_checkpoint=None):
+    def steps(self, stream, *, evaluate=None, evaluate_every=1.0, evaluate_steps=None, write_model=None,
+              before_checkpoint=None):  # fmt: skip
         """The steps that are left, as numbers from 0: an iterator for the script's `for`. In between it logs, evaluates
         and writes checkpoints.
 
-        evaluate(line) -> dict is called every `evaluate_every` passes and at the end, on all ranks, with the line of
-        the log that what it returns is added to. write_model(folder, step, weights), on the main process, writes
-        model/ beside each checkpoint; weights is the model's whole state_dict. before_checkpoint() is called on all
-        ranks.
+        evaluate(line) -> dict is called every `evaluate_every` passes (or so many `evaluate_steps`) and at the end, on
+        all ranks, with the line of the log that what it returns is added to. write_model(folder, step, weights), on the
+        main process, writes model/ beside each checkpoint; weights is the model's whole state_dict.
+        before_checkpoint() is called on all ranks.
         Raises RunError and UserError.
         """
         run, start, total = self.args.run, self.progress.step, self.length.steps
@@ -326,8 +327,11 @@ class Run:
             self.states_before = stream.state_dict()  # to go back to, should this step not be taken
             yield self.step
             assert self.recorded_step == self.step, "the loop took no step: call run.update() in it"
-            self._after_step(self.step + 1, completes_passes(self.step + 1, total, self.length.steps_per_pass,
-                                                             evaluate_every))  # fmt: skip
+            done, per_pass = self.step + 1, self.length.steps_per_pass
+            if evaluate_steps:
+                self._after_step(done, done == total or done % evaluate_steps == 0)
+            else:
+                self._after_step(done, completes_passes(done, total, per_pass, evaluate_every))
         self._close()
         if start >= total:
             self._complete(start)

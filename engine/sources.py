@@ -46,6 +46,11 @@ class Source:
     """The tar files of a stream, which are its shards."""
     row_groups: RowGroups | None = None
     """Of Parquet files on disk that are streamed: they are the shards."""
+    targets: object = None
+    """Where labels are more than numbers of classes: (row, uint8 (3, H, W)) -> what the view takes beside the image.
+    Raises an exception of any kind for what is no such label."""
+    folder: object = None
+    """The builder of a folder that has more to say about its labels; see LabelKind."""
 
     @property
     def num_shards(self):
@@ -74,6 +79,21 @@ class Source:
         if not isinstance(number, int) or not 0 <= number < len(self.classes):
             raise ValueError(f"label {value!r} is none of the {len(self.classes)} classes")
         return int(number)
+
+
+@dataclass
+class LabelKind:
+    """What is learned beside the images, and how data sets hold it."""
+
+    columns: tuple
+    """Names of columns that are looked for."""
+    folder: type = ImageFolder
+    """Of folders on disk: builder(path), which raises NotCoveredError for those that datasets is to read."""
+    pictures: bool = False
+    """Whether such a column holds encoded pictures."""
+
+
+CLASSES = LabelKind(("label", "cls"))
 
 
 def is_held_out(image, fraction):
@@ -132,8 +152,8 @@ def take_side(data, column, fraction, held_out):
     return data.select(np.flatnonzero(np.array(answers["held_out"], dtype=bool) == held_out))
 
 
-def open_builder(dataset, patience=30.0):
-    """The datasets builder of a Hub id, folder or file. Raises UserError."""
+def open_builder(dataset, patience=30.0, folder=ImageFolder):
+    """The datasets builder of a Hub id, folder or file; `folder` is a LabelKind's. Raises UserError."""
     import datasets
 
     path = local_path(dataset)
@@ -147,7 +167,7 @@ def open_builder(dataset, patience=30.0):
             return patiently(partial(datasets.load_dataset_builder, dataset), dataset, patience)
         if path.is_dir():
             with suppress(NotCoveredError, OSError):
-                return ImageFolder(path)
+                return folder(path)
             return datasets.load_dataset_builder(str(path.absolute()))  # "parquet" alone would be one of its readers
         kind = {".parquet": "parquet", ".tar": "webdataset"}.get(path.suffix)
         if kind is None:
@@ -181,13 +201,13 @@ MANY_CLASSES = 100_000  # any numbers below, a part of ImageNet-21k's too, may b
 ENCODED = ("binary", "large_binary", "binary_view")  # encoded images without the metadata that says so
 
 
-def choose_columns(args, features):
+def choose_columns(args, features, kind=CLASSES):
     """(image column, label column or None) of the data set's features. Raises UserError, listing what there is."""
     import datasets
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     image_column = args.image_column or ("image" if "image" in features else images[0] if images else None)
-    label_column = args.label_column or next((name for name in ("label", "cls") if name in features), None)
+    label_column = args.label_column or next((name for name in kind.columns if name in features), None)
     there_are = f"the columns of {args.dataset} are {', '.join(features)}"
     if image_column is None:
         raise UserError(f"no column holds images; pass --image-column if one holds encoded bytes: {there_are}")
@@ -245,26 +265,14 @@ def open_labelled(data, labels, world=1, learn=True):
     on their classes. Raises UserError."""
     import datasets
 
-    hint = f"pass --val-fraction 0.1, which holds out a tenth of {data.split}, the same in all scripts"
-    if data.val_fraction is not None:
-        require(labels.val_split is None, "--val-fraction and --val-split are both given: give one")
-        labels.val_split = f"{data.val_fraction:g} of {data.split}"
-        val = open_source(data, 1, True, labels.num_classes, held_out=True)
-        return open_source(data, world, True, labels.num_classes) if learn else None, val
-    if labels.val_split is None:
-        splits = list(open_splits(data.dataset, data.patience))
-        others = [name for name in ("validation", "val", "valid", "test") if name in splits and name != data.split]
-        if not others:
-            raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; {hint}, "
-                            "or --val-split")  # fmt: skip
-        labels.val_split = others[0]
-    require(labels.val_split != data.split or not learn,
-            f"--val-split {data.split} is the split to learn from, where every image would find itself: {hint}, or "
-            "another split")  # fmt: skip
-    val = open_source(dataclasses.replace(data, split=labels.val_split, num_images=None), 1, True, labels.num_classes)
+    val_data = choose_val_split(data, labels, learn)
+    held_out = data.val_fraction is not None
+    val = open_source(val_data, 1, True, labels.num_classes, held_out)
     if not learn:
         return None, val
     train = open_source(data, world, True, labels.num_classes)
+    if held_out:
+        return train, val
     named = isinstance(val.data.features[val.label_column], datasets.ClassLabel)
     if set(val.classes) - set(train.classes) or (named and train.classes != val.classes):
         raise UserError(
@@ -283,9 +291,37 @@ def open_labelled(data, labels, world=1, learn=True):
     return train, dataclasses.replace(val, classes=train.classes)
 
 
-def open_splits(dataset, patience=30.0):
+def open_annotated(data, labels, kind, world=1, learn=True):
+    """The same for labels of another kind: the Source to learn from and the one to evaluate on, without classes and
+    `targets`. Raises UserError."""
+    val_data = choose_val_split(data, labels, learn, kind)
+    val = open_source(val_data, held_out=data.val_fraction is not None, kind=kind)
+    return open_source(data, world, kind=kind) if learn else None, val
+
+
+def choose_val_split(data, labels, learn=True, kind=CLASSES):
+    """What the split to evaluate on is opened with; fills labels.val_split. Raises UserError."""
+    hint = f"pass --val-fraction 0.1, which holds out a tenth of {data.split}, the same in all scripts"
+    if data.val_fraction is not None:
+        require(labels.val_split is None, "--val-fraction and --val-split are both given: give one")
+        labels.val_split = f"{data.val_fraction:g} of {data.split}"
+        return data
+    if labels.val_split is None:
+        splits = list(open_splits(data.dataset, data.patience, kind.folder))
+        others = [name for name in ("validation", "val", "valid", "test") if name in splits and name != data.split]
+        if not others:
+            raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; {hint}, "
+                            "or --val-split")  # fmt: skip
+        labels.val_split = others[0]
+    require(labels.val_split != data.split or not learn,
+            f"--val-split {data.split} is the split to learn from, where every image would find itself: {hint}, or "
+            "another split")  # fmt: skip
+    return dataclasses.replace(data, split=labels.val_split, num_images=None)
+
+
+def open_splits(dataset, patience=30.0, folder=ImageFolder):
     """{split: stream} of a data set. Raises UserError."""
-    builder = open_builder(dataset, patience)
+    builder = open_builder(dataset, patience, folder)
     try:
         return patiently(builder.as_streaming_dataset, dataset, patience)
     except ServerGoneError:
@@ -294,13 +330,13 @@ def open_splits(dataset, patience=30.0):
         raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
 
 
-def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False):
+def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False, kind=CLASSES):
     """ImagesArgs -> Source. `slots` is how many processes share a stream; `labelled` asks for classes; with
     --val-fraction it has the images that are not `held_out`, or those that are. Raises UserError."""
     import datasets
     import pyarrow.parquet as pq
 
-    builder, local = open_builder(args.dataset, args.patience), local_path(args.dataset) is not None
+    builder, local = open_builder(args.dataset, args.patience, kind.folder), local_path(args.dataset) is not None
     streams = args.streaming and (not local or builder.name in ("parquet", "webdataset"))  # local images: in place
 
     def opened():
@@ -311,10 +347,12 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
         if args.split not in splits:
             raise UserError(f"data set {args.dataset} has no split {args.split!r}: it has {', '.join(splits)}")
         data = splits[args.split]
-        image_column, label_column = choose_columns(args, data.features or {})
-        if isinstance(data.features[image_column], datasets.Image):
+        image_column, label_column = choose_columns(args, data.features or {}, kind)
+        if any(isinstance(data.features[column], datasets.Image) for column in {image_column, label_column} - {None}):
             data = data.decode(False)
-        data = data.cast_column(image_column, datasets.Image(decode=False))
+        pictures = [image_column, *([label_column] if label_column and kind.pictures else [])]
+        for column in pictures:
+            data = data.cast_column(column, datasets.Image(decode=False))
         # Parquet's shards are row groups: always on disk; on the Hub, where a footer costs a request, if files are few.
         files, row_groups = list(builder.config.data_files[args.split]) if builder.name == "parquet" else [], None
         if files and local:
@@ -330,7 +368,8 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
         if not streams:
             builder.download_and_prepare()
             data, row_groups = builder.as_dataset(split=args.split), None
-            data = data.cast_column(image_column, datasets.Image(decode=False))
+            for column in pictures:
+                data = data.cast_column(column, datasets.Image(decode=False))
         elif not local and data.num_shards < slots * max(args.workers or 1, 1):
             data, files = data.reshard(), []
         return data, image_column, label_column, files if streams and not local else [], row_groups
@@ -353,7 +392,7 @@ def open_source(args, slots=1, labelled=False, num_classes=None, held_out=False)
         none, larger = ("none", "larger") if held_out else ("all", "smaller")
         require(count, f"--val-fraction {fraction} holds out {none} of the {len(whole)} images: use a {larger} one")
     source = Source(data, image_column, label_column, count, args.dataset, None, args.patience, files, side)
-    source.row_groups = row_groups
+    source.row_groups, source.folder = row_groups, builder if hasattr(builder, "classes") else None
     parts, kind = (source.num_shards, "shards") if streams else (len(data), "images")
     if parts < slots:
         raise UserError(

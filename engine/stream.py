@@ -37,8 +37,11 @@ def load_chunk(source, view, seed, wanted):
     """Read and decode images, and make a view of each. wanted: (pass, image id, row) triples -> chunk.
 
     A chunk has one list for each of view.names, "ids" [(pass, image id)], "labels" where the source has classes, and
-    "skipped": what could not be decoded or has no label. What the other side of --val-fraction has is left out.
+    "skipped": what could not be decoded or has no label. What the other side of --val-fraction has is left out. A view
+    of images with targets is called with both; what it gives by a name in view.lists (images of many sizes) is not
+    stacked.
     """
+    lists = getattr(view, "lists", ())
     labelled = ("labels",) if source.classes else ()
     chunk = {name: [] for name in (*view.names, "ids", *labelled, "skipped")}
     for epoch, image_id, row in wanted:
@@ -52,18 +55,29 @@ def load_chunk(source, view, seed, wanted):
             views = view_of_part(view, data, image_seed)
             tensor = decode(data) if views is None else None
             label = torch.tensor(source.label(row)) if labelled else None
+            if source.targets:
+                views = view(tensor, source.targets(row, tensor), image_seed)
         except ServerGoneError:
             raise
         except Exception as error:  # decoders raise whatever they like
             chunk["skipped"].append(f"{path or 'image'} (id {image_id}): {first_line(error)}")
             continue
         for name, value in zip(view.names, views or view(tensor, image_seed), strict=True):
-            chunk[name].append(value)
+            chunk[name].append(by_value(value) if name in lists else value)
         if labelled:
             chunk["labels"].append(label)
         chunk["ids"].append(torch.tensor([epoch, image_id]))
     # in a loading process default_collate stacks straight into the memory that the training process takes them from
-    return {name: default_collate(values) if values and name != "skipped" else values for name, values in chunk.items()}
+    return {name: default_collate(values) if values and name not in ("skipped", *lists) else values
+            for name, values in chunk.items()}  # fmt: skip
+
+
+def by_value(value):
+    """Tensors in dicts as numpy's arrays, which are sent as they are: each tensor would take a file of the few that a
+    process may open."""
+    if isinstance(value, dict):
+        return {name: by_value(part) for name, part in value.items()}
+    return value.numpy() if isinstance(value, torch.Tensor) else value
 
 
 class RowChunks(torch.utils.data.Dataset):
@@ -313,6 +327,13 @@ def one_pass(source, view, batch_size, workers, rank=0, world=1):
         yield chunk
 
 
+def join(pieces):
+    """Tensors, or lists, one after the other."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat(pieces) if isinstance(pieces[0], torch.Tensor) else [value for piece in pieces for value in piece]
+
+
 class Part:
     """One part of every pass as an endless stream of batches. `state_dict()` is a position from which another Part
     continues with the very next image, in the division that the first one had."""
@@ -385,7 +406,7 @@ class Part:
                 self.buffer.pop(0)
                 self.taken = 0
         self.buffered -= self.size
-        batch = pieces[0] if len(pieces) == 1 else {name: torch.cat([p[name] for p in pieces]) for name in pieces[0]}
+        batch = {name: join([piece[name] for piece in pieces]) for name in pieces[0]}
         self.epoch = int(batch["ids"][-1, 0])
         self.seen = seed_of(self.seen, batch["ids"].numpy().tobytes())
         return batch
@@ -393,7 +414,7 @@ class Part:
 
 class Stream:
     """A process's endless stream of batches: `next(stream)` -> {"images": uint8 (b, 3, S, S), ..., "ids": (b, 2)}, with
-    a tensor for each of view.names.
+    a tensor for each of view.names, or a list for one of view.lists.
 
     A pass is divided into `data.parts` parts (None: one for each process). A process that carries several of them,
     since a run goes on with fewer processes than it began with, gives a batch of each in turn: what the run sees stays

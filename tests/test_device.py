@@ -373,7 +373,7 @@ def test_a_step_of_fine_tuning(monkeypatch, tmp_path):
     origin = finetune.of_cae(CAE(CAEConfig.from_size("nano")), "")
     model = finetune.build_model(finetune.ModelArgs(image_size=28, drop_path=0.0, pooling="mean"), origin, ["a", "b"])
     model(torch.zeros(1, 3, 28, 28))  # what transformers keeps, with values
-    take_steps(monkeypatch, lambda: finetune.classify(args))
+    take_steps(monkeypatch, lambda: finetune.tune(args, finetune.Classification()))
 
 
 @pytest.mark.parametrize("command", ["linear", "attentive", "ep"])

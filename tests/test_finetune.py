@@ -181,7 +181,7 @@ def test_layer_decay_of_a_model_of_twelve_blocks():
     """The table: 0.75^(13 - id), id 0 for patch embedding and class token, i + 1 for block i, 13 for the rest."""
     config = CAEConfig.from_size("tiny", image_size=32)
     tuned = build_model(ModelArgs(image_size=32, drop_path=0.0), finetune.of_cae(CAE(config), "here"), CLASSES)
-    groups = parameter_groups(tuned, 0.75, 0.05)
+    groups = parameter_groups(tuned, tuned.beit.embeddings, tuned.beit.layers, 0.75, 0.05)
     scales = {0: 0.023757, 1: 0.031676, 2: 0.042235, 3: 0.056314, 4: 0.075085, 5: 0.100113, 6: 0.133484, 7: 0.177979,
               8: 0.237305, 9: 0.316406, 10: 0.421875, 11: 0.5625, 12: 0.75, 13: 1.0}  # fmt: skip
     names = {id(parameter): name for name, parameter in tuned.named_parameters()}
@@ -326,7 +326,7 @@ def tuned(clothes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tuned") / "run"
     command = ["--random-init", "nano", "--dataset", clothes, "--steps", "150", "--effective-batch-size", "32", "--lr",
                "6e-2", "--eval-every", "3", "--workers", "0", "--run-dir", folder]  # fmt: skip
-    finetune.classify(parse(Classify, [str(word) for word in command]))
+    finetune.tune(parse(Classify, [str(word) for word in command]), finetune.Classification())
     return folder, json.loads((folder / "result.json").read_text())
 
 

@@ -193,5 +193,7 @@ def test_the_warm_up_is_at_most_a_tenth_of_the_run():
 
 
 def test_the_best_evaluation_is_the_first_of_the_highest_top_1():
-    evaluations = [{"step": i, "accuracy": a} for i, a in enumerate([[40.0, 95.0], [60.0, 70.0], [60.0, 80.0]])]
-    assert finetune.best_of(evaluations)["step"] == 1
+    evaluations = [{"step": i, "scores": {"top1": top1, "top5": top5}}
+                   for i, (top1, top5) in enumerate([(40.0, 95.0), (60.0, 70.0), (60.0, 80.0)])]  # fmt: skip
+    assert finetune.best_of(evaluations, "top1")["step"] == 1
+    assert finetune.best_of(evaluations, "top5")["step"] == 0

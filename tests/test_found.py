@@ -496,9 +496,12 @@ def test_a_model_card_is_one_of_text(tmp_path):
     args = finetune.Classify()
     args.data.dataset = args.data.split = args.labels.val_split = args.model.checkpoint = name
     args.recipe.lr, args.recipe.layer_decay, args.model.image_size = 1.0, 1.0, 28
-    about = {"origin": name, "method": name, "size": "nano", "classes": 2}
-    evaluation = {"accuracy": (1.0, 2.0), "images": 3}
-    finetune.model_card(args, about, 1, evaluation).save(tmp_path / "README.md")
+    task = finetune.Classification()
+    task.args, task.classes = args, ["a", "b"]
+    task.origin = finetune.Origin(None, None, None, name, "nano", name)
+    args.data.effective_batch_size = 1024
+    evaluation = {"scores": {"top1": 1.0, "top5": 2.0}, "images": 3}
+    finetune.model_card(task, 1, evaluation).save(tmp_path / "README.md")
     content = ModelCard.load(tmp_path / "README.md").text
     assert "<script" not in content and "\x1b" not in content and "# Owned" not in content.splitlines()
     rows = [line for line in content.splitlines() if line.startswith("|")]

@@ -16,19 +16,21 @@ import tyro
 from launch import ROOT
 
 import convert
+import dense
 import finetune
 import probe
 import train
 
-# Arrows run only downwards: a file imports from those before it. The four scripts do not import each other.
-ENGINE = ["errors", "files", "seeds", "arguments", "turbojpeg", "images", "network", "folders", "parquet", "sources",
-          "stream", "frozen", "checkpoints", "log", "run", "evaluation"]  # fmt: skip
+# Arrows run only downwards: a file imports from those before it. The four scripts do not import each other; dense.py,
+# the other half of finetune.py, imports that one, which imports it where a command asks for it.
+ENGINE = ["errors", "files", "seeds", "arguments", "turbojpeg", "images", "network", "folders", "annotations",
+          "parquet", "sources", "stream", "frozen", "detectors", "checkpoints", "log", "run", "evaluation"]  # fmt: skip
 SCRIPTS = ["train", "probe", "finetune"]
 
 
 def imports_of(path):
     """The project's own modules that a file imports, anywhere in it."""
-    ours = {"engine", "bench", "cae", "convert", *SCRIPTS}
+    ours = {"engine", "bench", "demo", "cae", "convert", "dense", *SCRIPTS}
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -41,7 +43,7 @@ def imports_of(path):
 
 def test_every_file_has_its_room():
     assert {path.stem for path in (ROOT / "engine").glob("*.py")} == {"__init__", *ENGINE}
-    assert {path.stem for path in ROOT.glob("*.py")} == {"cae", "convert", *SCRIPTS}
+    assert {path.stem for path in ROOT.glob("*.py")} == {"cae", "convert", "dense", *SCRIPTS}
 
 
 @pytest.mark.parametrize("name", ENGINE)
@@ -64,7 +66,17 @@ def test_the_model_imports_nothing_of_ours():
 def test_scripts_import_model_bridges_and_engine(name):
     """No script imports another. (convert.py is a script as well, and the one way to other people's weights.)"""
     others = {"cae"} if name == "convert" else {"cae", "convert"}
+    if name == "finetune":
+        others |= {"dense"}
     assert {module for module in imports_of(ROOT / f"{name}.py") if not module.startswith("engine.")} <= others
+
+
+def test_the_dense_tasks_are_imported_where_they_are_asked_for():
+    """By one function of finetune.py; the demo's scenes by the tasks' own."""
+    assert {module for module in imports_of(ROOT / "dense.py") if not module.startswith("engine.")} == {
+        "cae", "convert", "finetune", "demo.scenes"}  # fmt: skip
+    at_the_top = [node for node in ast.parse((ROOT / "finetune.py").read_text()).body if isinstance(node, ast.Import)]
+    assert "dense" not in {alias.name for node in at_the_top for alias in node.names}
 
 
 def test_benchmarks_stand_on_everything_and_carry_nothing():
@@ -78,6 +90,8 @@ COMMANDS = {
     "probe.py linear": (probe.Command, ["linear"]),
     "probe.py attentive": (probe.Command, ["attentive"]),
     "finetune.py classify": (finetune.Classify, []),
+    "finetune.py segment": (dense.Segment, []),
+    "finetune.py detect": (dense.Detect, []),
     "convert.py": (convert.Export, []),
 }
 
@@ -125,6 +139,10 @@ def test_help_begins_with_the_essentials(command, capsys, monkeypatch):
     assert len(found) == 7 and all(re.search(rf"{flag}\s", listed) for flag in found)
 
 
+def script_of(command):
+    return command.split()[0]
+
+
 def test_commands_of_the_documents_are_possible(monkeypatch):
     """Each command line of README and docs has flags that there are. (Those of change_it.md are run.)"""
     monkeypatch.setattr(engine.arguments, "local_path", lambda dataset: None)  # folders that there are not
@@ -138,7 +156,7 @@ def test_commands_of_the_documents_are_possible(monkeypatch):
                     continue
                 flags = words[words.index(scripts[0]) + 1 :]
                 command = " ".join([scripts[0], *flags[: scripts[0] in ("probe.py", "finetune.py")]])
-                flags = flags[1:] if command == "finetune.py classify" else flags
+                flags = flags[1:] if script_of(command) == "finetune.py" else flags
                 if command == "convert.py":
                     tyro.cli(convert.Export, args=flags)
                 else:
@@ -169,7 +187,8 @@ def test_threads_of_torch_wait_without_spinning():
 
 
 @pytest.mark.parametrize("command", ["train.py --no-such-flag", "train.py --size huger", "probe.py knn --no-such-flag",
-                                     "finetune.py classify --no-such-flag", "convert.py --no-such-flag"])  # fmt: skip
+                                     "finetune.py classify --no-such-flag", "finetune.py segment --no-such-flag",
+                                     "finetune.py detect --no-such-flag", "convert.py --no-such-flag"])  # fmt: skip
 def test_a_wrong_flag_is_answered_without_what_only_a_run_needs(command):
     """Each of these costs as much as half of `import torch`."""
     script, *flags = command.split()

@@ -314,7 +314,7 @@ def resolve_segment(args, origin, world=1):
     fill(recipe, "stride", max(1, 2 * model.image_size // 3))
     old = args_of_run(run)
     if run.epochs is None:
-        fill(run, "steps", old.get("steps") or (800 if nano else 160_000))
+        fill(run, "steps", old.get("steps") or (200 if nano else 160_000))
     resolve_run(data, run, world, old, batch=16, effective=16, epochs=None)
     fill(recipe, "warmup_steps", old.get("warmup_steps"))
     if run.steps is not None:
@@ -345,11 +345,11 @@ def resolve_detect(args, origin, world=1):
     model, data, recipe, run = args.model, args.data, args.recipe, args.run
     config, size, is_detr = origin.beit.config, origin.size, args.model.detector == "lw-detr"
     nano, large = size == "nano", size in ("large", "huge")
-    fill(model, "drop_path", 0.2 if size == "base" else None)
+    fill(model, "drop_path", 0.0 if is_detr else 0.2 if size == "base" else None)  # LW-DETR has none
     resolve_encoder(model, origin, (24 if nano else 40 if is_detr else 50) * config.patch_size)
     fill(model, "channels", 64 if nano else 256)
     fill(model, "box_channels", 256 if nano else 1024)
-    fill(model, "anchors", (16, 32, 48, 64) if nano else tuple(2 * config.patch_size * 2**i for i in range(5)))
+    fill(model, "anchors", (16, 32, 48) if nano else tuple(2 * config.patch_size * 2**i for i in range(5)))
     fill(model, "canonical_scale", 128 if nano else 224)
     fill(model, "proposals", 200 if nano else 2000)
     fill(model, "rois", 32 if nano else 512)
@@ -368,7 +368,7 @@ def resolve_detect(args, origin, world=1):
     fill(recipe, "short_sides", (96,) if nano else tuple(range(480, 801, 32)))
     old = args_of_run(run)
     if nano and run.epochs is None:
-        fill(run, "steps", old.get("steps") or 480)
+        fill(run, "steps", old.get("steps") or (300 if is_detr else 160))
     effective = 8 if nano else 32
     resolve_run(data, run, world, old, batch=8 if nano else 4, effective=effective, epochs=60.0 if is_detr else 12.0)
     fill(recipe, "warmup_steps", old.get("warmup_steps"))
@@ -385,7 +385,8 @@ def resolve_detect(args, origin, world=1):
         require(origin.tuned is not None or origin.cae is not None,
                 f"--detector lw-detr takes the encoder of a CAE, and {origin.name} is a BEiT: give a run folder, a "
                 "model/ folder, or a released .pth")
-        require(not model.relative_position_bias, "--relative-position-bias: LW-DETR has none")
+        require(not model.relative_position_bias and not model.drop_path,
+                "--relative-position-bias and --drop-path: LW-DETR has neither")
         model.masks = False
     return args
 
@@ -1024,7 +1025,7 @@ class Detection:
                 f"{origin.name} is an LW-DETR: pass --detector lw-detr")
         backbone = build_backbone(model, origin, pyramid=True)
         # of patches of 4 pixels a fourth is the image itself: its map would take all the time
-        maps = [1, 2, 3] if patch <= 4 else [0, 1, 2, 3]
+        maps = [2, 3] if patch <= 4 else [0, 1, 2, 3]
         require(len(model.anchors) == len(maps) + 1, f"--anchors has {len(model.anchors)} values: it must be "
                 f"{len(maps) + 1}, one for each map of the pyramid")  # fmt: skip
         self.settings = {
@@ -1044,7 +1045,6 @@ class Detection:
 
         model = args.model
         vit = to_lw_detr(origin.cae, model.image_size) if origin.tuned is None else origin.beit
-        vit.config.drop_path_rate = model.drop_path
         built = lw_detr(vit, len(self.classes), image_size=model.image_size, d_model=model.channels,
                         decoder_layers=model.decoder_depth, groups=model.groups, queries=model.queries,
                         windows=model.windows)  # fmt: skip

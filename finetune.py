@@ -36,7 +36,7 @@ from engine.evaluation import PUBLISHED, accuracy, evaluation_batches, warn_if_s
 from engine.files import write_text
 from engine.frozen import load_pretrained
 from engine.images import CenterCrop, crop_and_flip, crop_ratio, normalize
-from engine.run import Run, length_of_run
+from engine.run import Run, join_statistics, length_of_run
 from engine.sources import names_classes, open_labelled
 
 import copy
@@ -701,8 +701,8 @@ def tune(asked, task):
         factor = getattr(recipe, "encoder_factor", 1.0)
         groups = parameter_groups(model, embeddings, blocks, recipe.layer_decay, recipe.weight_decay, factor)
         optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.999), eps=1e-8, fused=True)
-        on_gpus = run.world > 1 and run.device.type == "cuda"
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model) if on_gpus else model  # the same where there is none
+        if run.world > 1 and run.device.type == "cuda":  # gloo has none: on CPUs each process normalises by its batch
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         ema = None
         if recipe.ema:
             ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)).to(run.device)
@@ -724,12 +724,21 @@ def tune(asked, task):
         stream = run.stream(task.train_source, task.train_view())
         model.train()
 
+        def settle():
+            """Before anybody looks at the model: BatchNorm's running statistics, which are averages over steps, become
+            those of all processes, and of the moving average as well."""
+            join_statistics(run.accelerator, unwrapped)
+            if ema is not None:
+                for average, buffer in zip(ema.module.buffers(), unwrapped.buffers(), strict=True):
+                    average.copy_(buffer)
+
         def write_model(folder, step, weights=None):
             """model/ beside each checkpoint, and best/."""
             write_tuned(folder, eval_model, task, step, evaluations)
 
         def evaluate(line):
             """After an epoch; best/ is written if there was nothing better."""
+            settle()
             eval_model.eval()
             scores, images = measure(run, task, eval_model)
             model.train()
@@ -743,7 +752,8 @@ def tune(asked, task):
 
         # From the checkpoint's step on; in between it logs (--log-every), evaluates (--eval-every) and saves.
         for step in run.steps(stream, evaluate=evaluate, evaluate_every=recipe.eval_every,
-                              evaluate_steps=recipe.eval_steps, write_model=write_model):  # fmt: skip
+                              evaluate_steps=recipe.eval_steps, write_model=write_model,
+                              before_checkpoint=settle):  # fmt: skip
             lr = task.learning_rate(step, length, warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]  # layer-wise decay
@@ -757,13 +767,9 @@ def tune(asked, task):
                 run.log(losses)
             # Clips the gradient, optimizer.step(), optimizer.zero_grad(); skipped if the gradient is not finite.
             run.update(optimizer, clip_grad=recipe.clip_grad)
-            if run.world > 1 and not on_gpus:
-                join_statistics(run.accelerator, unwrapped)
             if ema is not None:
                 with torch.no_grad():  # update_parameters would ask the device for its count, and wait
                     ema.multi_avg_fn(list(ema.module.parameters()), list(unwrapped.parameters()), None)
-                    for average, buffer in zip(ema.module.buffers(), unwrapped.buffers(), strict=True):
-                        average.copy_(buffer)  # BatchNorm's statistics are averages already
 
         finish(run, task, eval_model, evaluations)
 
@@ -774,17 +780,6 @@ def measure(run, task, model):
         scores, images = task.evaluate(run, model)
     require(images, f"split {task.args.labels.val_split} of {task.val_source.name} holds no image with a label")
     return scores, images
-
-
-def join_statistics(accelerator, model):
-    """BatchNorm's running statistics become the mean of all processes': gloo, on CPUs, knows no SyncBatchNorm, so each
-    process normalises by its own batch."""
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    statistics = [buffer for norm in norms for buffer in (norm.running_mean, norm.running_var)]
-    if statistics:
-        mean = accelerator.reduce(torch.cat(statistics), "mean")
-        for buffer, value in zip(statistics, mean.split([len(buffer) for buffer in statistics]), strict=True):
-            buffer.copy_(value)
 
 
 def numbers_of(scores):

@@ -37,7 +37,7 @@ from engine.errors import UserError, command_line, first_line, require
 from engine.evaluation import KS, PUBLISHED, accuracy, evaluation_batches, knn, warn_if_seen
 from engine.frozen import Frozen, Kind, load_frozen
 from engine.images import CenterCrop, crop_and_flip, crop_ratio, to_device
-from engine.run import Run, length_of_run
+from engine.run import Run, join_statistics, length_of_run
 from engine.seeds import permutation, seed_of
 from engine.sources import open_labelled
 
@@ -603,14 +603,6 @@ class CachedStream:
 
 
 @torch.no_grad()
-def join_statistics(accelerator, heads):
-    """The running statistics of every BatchNorm become the mean over all ranks, which saw different images."""
-    for name, buffer in heads.named_buffers():
-        if buffer.is_floating_point() and accelerator.num_processes > 1:
-            assert "running" in name
-            buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))
-
-
 def extract_once(extractor, train_source, val_source):
     """What is extracted once for a linear or attentive probe: (stream, features to evaluate on), each None where there
     is no need. The images to learn from are extracted if asked to, those to evaluate on unless all their tokens are

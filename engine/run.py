@@ -668,6 +668,13 @@ def make_accelerator(run, data, tracker="none"):
     return accelerator, precision
 
 
+def join_statistics(accelerator, model):
+    """The running statistics of every BatchNorm become the mean over all ranks, which saw different images."""
+    for name, buffer in model.named_buffers():
+        if "running_" in name and accelerator.num_processes > 1:
+            buffer.copy_(accelerator.reduce(buffer.clone(), "mean"))
+
+
 def raise_together(error):
     """A UserError or RunError of one rank (None on the others) becomes one on all of them, so that all end."""
     from accelerate.utils import gather_object

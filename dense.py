@@ -441,8 +441,16 @@ def build_backbone(args, origin, pyramid):
     if old.use_absolute_position_embeddings:
         backbone.beit.embeddings.position_embeddings.requires_grad_(not is_fixed(origin.beit))
     if args.checkpoint_blocks:  # of the backbone: a whole UperNet refuses
-        backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        recompute(backbone)
     return backbone
+
+
+def recompute(module):
+    """Activations of a transformers model are computed twice instead of kept."""
+    if hasattr(module, "activation_checkpointing_enable"):  # the name from 5.24 on
+        module.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        module.gradient_checkpointing_enable({"use_reentrant": False})
 
 
 def choose_classes(labels, known, dataset):
@@ -701,7 +709,7 @@ class Segmentation:
         for name, value in backbone.named_parameters():
             model.backbone.get_parameter(name).requires_grad_(value.requires_grad)
         if args.model.checkpoint_blocks:
-            model.backbone.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute(model.backbone)
         for head in filter(None, (model.decode_head, model.auxiliary_head)):  # the recipe's; transformers has none
             head.classifier.register_forward_pre_hook(partial(drop_channels, args.model.dropout))
         return model.train()
@@ -1054,7 +1062,7 @@ class Detection:
         inner = built.model.backbone.backbone
         inner.embeddings.position_embeddings.requires_grad_(False)  # the fixed ones
         if model.checkpoint_blocks:
-            built.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            recompute(built)
         return built
 
     def encoder(self, model):

@@ -110,6 +110,11 @@ class DenseLabels(LabelArgs):
 class DenseRun(TuneRun):
     """How long, where to, and on what."""
 
+    epochs: AutoFloat = None
+    """Passes over the data. Default: detection 12, lw-detr 60; segmentation and nano have a number of steps."""
+    steps: AutoInt = None
+    """Optimizer steps, instead of epochs. Default: segmentation 160,000, nano 200; nano's detection 160, lw-detr
+    300."""
     save_pictures: Annotated[int, Mark.FREE] = 0
     """At the end: predictions over so many images to evaluate on, beside the truth, in pictures/."""
 
@@ -127,8 +132,8 @@ class SegmentModel(EncoderArgs):
     """Width of UperNet's head. Default: the encoder's; nano 48."""
     auxiliary_weight: float = 0.4
     """Part of the auxiliary head, on the third map, in the loss; 0 for none."""
-    dropout: float = 0.1
-    """Of channels, before the classifiers."""
+    dropout: AutoFloat = None
+    """Of channels, before the classifiers. Default: 0.1; nano 0."""
     checkpoint_blocks: bool = False
     """Compute the encoder's activations twice instead of keeping them."""
 
@@ -153,14 +158,17 @@ class SegmentRecipe(OptimizerArgs):
     3e-3; the papers take the best of 1, 2, 3, 4e-4 or of 3, 4, 5e-5."""
     warmup_steps: AutoInt = None
     """Linear warm-up from 0. Default: 1,500, at most a tenth of the run. Then the rate falls linearly to 0."""
-    random_scale: tuple[float, float] = (0.5, 2.0)
-    """Factors on the size of images to learn from, before the crop."""
+    random_scale: Annotated[
+        tuple[float, float] | None, tyro.conf.arg(metavar="FLOAT FLOAT", help_behavior_hint="")
+    ] = None
+    """Factors on the size of images to learn from, before the crop. Default: 0.5 2.0; nano 1 1."""
     class_share: float = 0.75
     """A crop is drawn anew, up to ten times, if one class has more of it."""
-    jitter: float = 0.5
-    """Probability of each of brightness, contrast, saturation and hue to be changed."""
+    jitter: AutoFloat = None
+    """Probability of each of brightness, contrast, saturation and hue to be changed. Default: 0.5; nano 0."""
     short_side: AutoInt = None
-    """Shorter side that images are brought to at scale 1, and for evaluation, in pixels. Default: the crop's."""
+    """Shorter side that images are brought to at scale 1, and for evaluation, in pixels. Default: the crop's; nano
+    96."""
     window: Literal["slide", "whole"] = "slide"
     """Evaluation: windows of the crop's size, whose scores are averaged, or the whole image at once."""
     stride: AutoInt = None
@@ -212,8 +220,7 @@ class DetectModel(EncoderArgs):
     box_channels: AutoInt = None
     """Width of the box head. Default: 1,024; nano 256."""
     anchors: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")] = None
-    """Sides of the anchors, in pixels, one for each of the pyramid's maps. Default: 32 64 128 256 512; nano 16 32 48
-    64."""
+    """Sides of the anchors, in pixels, one for each map of the pyramid. Default: 32 64 128 256 512; nano 16 32 48."""
     canonical_scale: AutoInt = None
     """Side of the regions that are pooled from the map of stride 16, in pixels. Default: 224; nano 128."""
     proposals: AutoInt = None
@@ -308,6 +315,9 @@ def resolve_segment(args, origin, world=1):
     if model.pyramid == "auto":
         model.pyramid = "on" if config.patch_size > 4 else "off"
     fill(model, "head_dim", 48 if nano else config.hidden_size)
+    fill(model, "dropout", 0.0 if nano else 0.1)
+    fill(recipe, "random_scale", (1.0, 1.0) if nano else (0.5, 2.0))
+    fill(recipe, "jitter", 0.0 if nano else 0.5)
     fill(recipe, "lr", 3e-3 if nano else 4e-5 if large else 4e-4)
     fill(recipe, "layer_decay", layer_decay_of(size, 0.95, 0.65))
     fill(recipe, "short_side", model.image_size if not nano else 96)
@@ -605,7 +615,8 @@ class SegmentView:
             if len(counts) > 1 and counts.max() < self.recipe.class_share * counts.sum():
                 break
         image, annotation = self.flip(*(functional.crop(x, top, left, self.size, self.size) for x in pair))
-        return self.jitter(image).as_subclass(torch.Tensor), annotation.as_subclass(torch.Tensor)
+        colours = self.jitter.make_params([image]) | {"channel_permutation": None}  # torchvision exchanges them as well
+        return self.jitter.transform(image, colours).as_subclass(torch.Tensor), annotation.as_subclass(torch.Tensor)
 
 
 def scaled(image, short):
@@ -664,13 +675,14 @@ class Segmentation:
         if args.data.dataset == "demo":
             from demo.scenes import CLASSES, Scenes
 
-            demo = {"train": Scenes("train", 4000, what="maps"), "test": Scenes("test", 300, what="maps")}
+            demo = {"train": Scenes("train", 4000, what="maps"), "test": Scenes("test", 200, what="maps")}
             known = ["background", *CLASSES]
         self.train_source, self.val_source = open_dense(args, world, MAPS, demo)
         folder, labels = self.val_source.folder, args.labels
         if not demo:
             known = folder and folder.classes
         self.classes = choose_classes(labels, known, args.data.dataset)
+        require(len(self.classes) > 1, "--num-classes is 1: segmentation tells two classes or more apart")  # UperNet's
         labels.reduce_zero_label |= bool(folder and folder.reduce_zero_label)
         self.ignore = IGNORE if len(self.classes) <= IGNORE else IGNORE_OF_MANY
         fill(labels, "ignore_index", self.ignore)
@@ -697,7 +709,7 @@ class Segmentation:
             id2label=dict(enumerate(self.classes)), label2id={name: i for i, name in enumerate(self.classes)},
         )  # fmt: skip
         model = UperNetForSemanticSegmentation(config)
-        model.backbone.load_state_dict(backbone.state_dict())
+        model.backbone = backbone
         if same:
             try:
                 heads = {name: value for name, value in origin.tuned.state_dict().items() if "head." in name}
@@ -706,10 +718,6 @@ class Segmentation:
             except RuntimeError as error:
                 raise UserError(f"{origin.name} has another head: {first_line(error)}; keep its --head-dim") from error
             require(not surplus, f"{origin.name} was tuned with another --pyramid or --auxiliary-weight: keep them")
-        for name, value in backbone.named_parameters():
-            model.backbone.get_parameter(name).requires_grad_(value.requires_grad)
-        if args.model.checkpoint_blocks:
-            recompute(model.backbone)
         for head in filter(None, (model.decode_head, model.auxiliary_head)):  # the recipe's; transformers has none
             head.classifier.register_forward_pre_hook(partial(drop_channels, args.model.dropout))
         return model.train()
@@ -991,7 +999,7 @@ class Detection:
         if args.data.dataset == "demo":
             from demo.scenes import CLASSES, Scenes
 
-            demo = {"train": Scenes("train", 4000, what="objects"), "test": Scenes("test", 300, what="objects")}
+            demo = {"train": Scenes("train", 4000, what="objects"), "test": Scenes("test", 200, what="objects")}
             known = list(CLASSES)
         self.train_source, self.val_source = open_dense(args, world, OBJECTS, demo)
         source = self.val_source
@@ -1052,6 +1060,8 @@ class Detection:
         from engine.detectors import lw_detr
 
         model = args.model
+        require(origin.tuned is None or not hasattr(origin.beit, "layers"),
+                f"{origin.name} is an R-CNN: pass its --detector, mask-rcnn or cascade")
         vit = to_lw_detr(origin.cae, model.image_size) if origin.tuned is None else origin.beit
         built = lw_detr(vit, len(self.classes), image_size=model.image_size, d_model=model.channels,
                         decoder_layers=model.decoder_depth, groups=model.groups, queries=model.queries,
@@ -1062,7 +1072,7 @@ class Detection:
         inner = built.model.backbone.backbone
         inner.embeddings.position_embeddings.requires_grad_(False)  # the fixed ones
         if model.checkpoint_blocks:
-            recompute(built)
+            recompute(inner)  # as above: the whole refuses
         return built
 
     def encoder(self, model):

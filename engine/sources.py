@@ -207,7 +207,8 @@ def choose_columns(args, features, kind=CLASSES):
 
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
     image_column = args.image_column or ("image" if "image" in features else images[0] if images else None)
-    label_column = args.label_column or next((name for name in kind.columns if name in features), None)
+    label_column = args.label_column or next(
+        (name for name in kind.columns if name in features and name != image_column), None)
     there_are = f"the columns of {args.dataset} are {', '.join(features)}"
     if image_column is None:
         raise UserError(f"no column holds images; pass --image-column if one holds encoded bytes: {there_are}")

@@ -16,10 +16,12 @@ COLOURS = ((220, 30, 30), (30, 200, 40), (40, 60, 230))
 CITYSCAPES = (7, 26, 23)  # of labelIds: road, car, sky
 
 
-def scene(number):
-    """uint8 (H, W, 3); uint8 (H, W), 0 background, 1 to 3 things; and objects ((x, y, width, height), thing from 0)."""
+def scene(number, side=None):
+    """uint8 (H, W, 3); uint8 (H, W), 0 background, 1 to 3 things; and objects ((x, y, width, height), thing from 0).
+    side: of a square one."""
     draw = np.random.default_rng(number)
     height, width = 40 + 5 * number % 25, 40 + (7 * number + 11) % 25
+    height, width = (side, side) if side else (height, width)
     image = draw.integers(100, 140, (height, width, 3)).astype(np.uint8)
     kinds, objects = np.zeros((height, width), np.uint8), []
     for thing in draw.permutation(3)[: 1 + number % 3]:
@@ -88,19 +90,19 @@ def write_cityscapes(folder, **splits):
     return folder
 
 
-def map_rows(numbers):
-    pairs = [scene(n)[:2] for n in numbers]
+def map_rows(numbers, side=None):
+    pairs = [scene(n, side)[:2] for n in numbers]
     return {"image": [{"bytes": encoded(image), "path": f"{n}.png"} for n, (image, _) in zip(numbers, pairs,
                                                                                            strict=True)],
             "annotation": [{"bytes": encoded(kinds), "path": None} for _, kinds in pairs]}  # fmt: skip
 
 
-def write_maps(folder, group=1000, **splits):
+def write_maps(folder, group=1000, side=None, **splits):
     """Parquet with two columns of pictures, in row groups of `group` rows."""
     folder.mkdir(parents=True, exist_ok=True)
     features = Features({"image": Image(), "annotation": Image()})
     for split, numbers in numbers_of(splits):
-        Dataset.from_dict(map_rows(numbers), features).to_parquet(folder / f"{split}.parquet", batch_size=group)
+        Dataset.from_dict(map_rows(numbers, side), features).to_parquet(folder / f"{split}.parquet", batch_size=group)
     return folder
 
 
@@ -141,10 +143,10 @@ def runs(box, height, width, compressed):
     return {"size": [height, width], "counts": [0, *lengths] if flat[0] else lengths}
 
 
-def coco_annotations(number, masks=True):
-    """Of a scene: polygons and both kinds of RLE in turn. Scene 3 has a crowd, 4 nothing, 5 a box without width, 6 a box
-    of one pixel."""
-    image, _, objects = scene(number)
+def coco_annotations(number, masks=True, side=None):
+    """Of a scene: polygons and both kinds of RLE in turn. Number 3 has a crowd, 4 nothing, 5 a box without width, 6 one
+    of a single pixel."""
+    image, _, objects = scene(number, side)
     height, width = image.shape[:2]
     entries = []
     for i, (box, thing) in enumerate([] if number == 4 else objects):
@@ -161,18 +163,18 @@ def coco_annotations(number, masks=True):
     return entries
 
 
-def write_coco(folder, masks=True, **splits):
+def write_coco(folder, masks=True, side=None, **splits):
     """COCO's: annotations/instances_SPLIT2017.json, SPLIT2017/; categories 10, 20 and 30."""
     (folder / "annotations").mkdir(parents=True, exist_ok=True)
     for split, numbers in numbers_of(splits):
         content = {"images": [], "annotations": [],
                    "categories": [{"id": 10 * i, "name": name} for i, name in enumerate(THINGS, 1)]}  # fmt: skip
         for n in numbers:
-            pixels = scene(n)[0]
+            pixels = scene(n, side)[0]
             name = f"{n:012d}.jpg"
             put(folder / f"{split}2017" / name, encoded(pixels, "JPEG"))
             content["images"].append({"id": n, "file_name": name, "height": len(pixels), "width": len(pixels[0])})
-            for entry in coco_annotations(n, masks):
+            for entry in coco_annotations(n, masks, side):
                 content["annotations"].append({**entry, "id": len(content["annotations"]) + 1, "image_id": n})
         (folder / "annotations" / f"instances_{split}2017.json").write_text(json.dumps(content))
     return folder

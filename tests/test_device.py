@@ -6,7 +6,7 @@ import engine.evaluation
 import engine.log
 import engine.run
 from engine.arguments import DEMO, parse
-from engine.evaluation import accuracy, hits, knn, nearest, votes
+from engine.evaluation import accuracy, confusion, hits, knn, nearest, votes
 from engine.frozen import CLIP_MEAN, load_frozen
 from engine.images import normalize, per_channel, to_device
 from engine.run import Interval, Run, SkippedSteps, finite
@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
+import dense
 import finetune
 import probe
 import train
@@ -168,6 +169,25 @@ def test_fine_tuning(pooling, bias):
             loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.1)
             on_cuda(loss * finite(loss))
         on_cuda(hits(model.eval()(x).logits, classes(2)))
+
+
+@pytest.mark.parametrize("flags", ["", "--pyramid on --window whole --dropout 0.3"])
+def test_segmentation(flags):
+    """A loss, and an image evaluated: windows, classes at another size, the confusion matrix."""
+    args = parse(dense.Segment, ["--random-init", "nano", "--dataset", "demo", "--image-size", "32", *flags.split()])
+    task = dense.Segmentation()
+    origin = task.load(args.model, 0)
+    args = task.resolve(args, origin, 1)
+    task.classes, task.ignore = ["even", "odd"], 255
+    model = task.build(args, origin)
+    for size in (32, 48, 56):  # transformers keeps an index for each grid: here one with values
+        model(torch.zeros(2, 3, size, size))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        losses = task.losses(moved(model), classes(2, 3, 32, 32).to(torch.uint8), classes(2, 32, 32).to(torch.uint8))
+        on_cuda(losses["loss"] * finite(losses["loss"]))
+        predicted = on_cuda(task.predict(model.eval(), classes(3, 48, 56).to(torch.uint8), (40, 44)))
+        assert predicted.shape == (40, 44)
+        on_cuda(confusion(predicted, classes(40, 44), 2))
 
 
 def frozen(kind, folder):

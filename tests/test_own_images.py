@@ -398,3 +398,38 @@ def test_processes_for_gpus_that_are_not_there(monkeypatch, capsys, tmp_path):
     error = refused(monkeypatch, capsys, train, "--dataset", "demo", "--steps", 1, run_dir=tmp_path / "run")
     assert "2 processes were launched for GPUs, and no GPU was found" in error
     assert "ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 train.py" in error
+
+
+# -------------------------------------------------------------------------------------- the paper's sets, as imitations
+
+
+def test_one_domain_of_several(tmp_path, monkeypatch):
+    """The lines of docs/data.md on Parquet as DomainNet's: its images alone, bytes and labels as they were."""
+    (code,) = re.findall(r"```python\n(from datasets .*?DomainNet.*?)```", (ROOT / "docs/data.md").read_text(), re.S)
+    names = ["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"]),
+                                  "domain": datasets.ClassLabel(names=names)})  # fmt: skip
+    for split, count in (("train", 36), ("test", 12)):
+        rows = {"image": [{"bytes": png(n), "path": None} for n in range(count)],
+                "label": [n // 6 % 2 for n in range(count)], "domain": [n % 6 for n in range(count)]}  # fmt: skip
+        (tmp_path / "all").mkdir(exist_ok=True)
+        datasets.Dataset.from_dict(rows, features).to_parquet(tmp_path / "all" / f"{split}.parquet")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("wltjr1007/DomainNet", "all"), {})
+    train_source, val_source = open_labelled(DataArgs(dataset="clipart", workers=0), LabelArgs())
+    assert numbers(train_source) == [0, 6, 12, 18, 24, 30] and numbers(val_source) == [0, 6]
+    assert train_source.classes == ["cat", "dog"]
+    assert [train_source.label(row) for row in train_source.data] == [0, 1] * 3
+
+
+def test_food_101_and_the_folders_of_cmplaces(tmp_path):
+    """A train and a validation split with class names; folders of classes, of which a part is held out."""
+    for split, count, first in (("train", 20, 0), ("validation", 8, 20)):
+        write_parquet(tmp_path / "food101", (count,), first=first, split=split, names=("apple pie", "waffles"))
+    train_source, val_source = open_labelled(DataArgs(dataset=str(tmp_path / "food101"), workers=0), LabelArgs())
+    assert train_source.classes == ["apple pie", "waffles"] and len(numbers(train_source)) == 20
+    assert numbers(val_source) == list(range(20, 28))
+    write_folder(tmp_path / "clipart", 40)
+    data = DataArgs(dataset=str(tmp_path / "clipart"), val_fraction=0.25, workers=0)
+    learned, held_out = map(numbers, open_labelled(data, LabelArgs()))
+    assert sorted(learned + held_out) == list(range(40)) and 3 <= len(held_out) <= 17

@@ -166,6 +166,10 @@ class SegmentRecipe(OptimizerArgs):
     """A crop is drawn anew, up to ten times, if one class has more of it."""
     jitter: AutoFloat = None
     """Probability of each of brightness, contrast, saturation and hue to be changed. Default: 0.5; nano 0."""
+    eval_every: AutoFloat = None
+    """Epochs between evaluations; there is always one at the end. Default: as --eval-steps says."""
+    eval_steps: AutoInt = None
+    """Steps between evaluations, instead of epochs. Default: a twentieth of the run; nano all of it."""
     short_side: AutoInt = None
     """Shorter side that images are brought to at scale 1, and for evaluation, in pixels. Default: the crop's; nano
     96."""
@@ -228,7 +232,7 @@ class DetectModel(EncoderArgs):
     rois: AutoInt = None
     """Proposals of an image that the heads learn from. Default: 512; nano 32."""
     detections: AutoInt = None
-    """Most detections of an image. Default: 100; nano 30."""
+    """Most detections of an image. Default: 100, lw-detr 300; nano 30. (COCO counts the best 100 of each class.)"""
     queries: AutoInt = None
     """lw-detr: boxes that an image begins with. Default: 300; nano 20."""
     groups: AutoInt = None
@@ -329,8 +333,10 @@ def resolve_segment(args, origin, world=1):
     fill(recipe, "warmup_steps", old.get("warmup_steps"))
     if run.steps is not None:
         fill(recipe, "warmup_steps", min(1500, run.steps // 10))
-        fill(recipe, "eval_steps", run.steps if nano else max(run.steps // 20, 1))
+        if recipe.eval_every is None:
+            fill(recipe, "eval_steps", run.steps if nano else max(run.steps // 20, 1))
     fill(recipe, "warmup_steps", 1500)
+    fill(recipe, "eval_every", 1.0)
     require_optimizer(recipe)
     require_shares(recipe, "class_share", "jitter")
     require_positive(recipe, "short_side", "stride")
@@ -363,7 +369,7 @@ def resolve_detect(args, origin, world=1):
     fill(model, "canonical_scale", 128 if nano else 224)
     fill(model, "proposals", 200 if nano else 2000)
     fill(model, "rois", 32 if nano else 512)
-    fill(model, "detections", 30 if nano else 100)
+    fill(model, "detections", 30 if nano else 300 if is_detr else 100)
     fill(model, "queries", 20 if nano else 300)
     fill(model, "groups", 4 if nano else 13)
     fill(model, "decoder_depth", 2 if nano else 3)
@@ -480,7 +486,7 @@ def choose_classes(labels, known, dataset):
     require_positive(labels, "num_classes")
     names = list(names or map(str, range(labels.num_classes)))
     require(labels.num_classes in (None, len(names)),
-            f"--num-classes is {labels.num_classes}, data set {dataset} has {len(names)} classes")
+            f"--num-classes is {labels.num_classes}, {file or f'data set {dataset}'} has {len(names)} classes")
     return names
 
 
@@ -612,7 +618,8 @@ class SegmentView:
             left = torch.randint(columns - self.size + 1, ()).item()
             part = pair[1][top : top + self.size, left : left + self.size]
             counts = part[part != self.ignore].unique(return_counts=True)[1]
-            if len(counts) > 1 and counts.max() < self.recipe.class_share * counts.sum():
+            if self.recipe.class_share == 1 or (
+                    len(counts) > 1 and counts.max() < self.recipe.class_share * counts.sum()):  # fmt: skip
                 break
         image, annotation = self.flip(*(functional.crop(x, top, left, self.size, self.size) for x in pair))
         colours = self.jitter.make_params([image]) | {"channel_permutation": None}  # torchvision exchanges them as well
@@ -1117,9 +1124,12 @@ class Detection:
                     detections = self.predict(model, images, targets)
                 truths += [{name: to_host(value) for name, value in target.items()} for target in targets]
                 found += [packed(one) for one in detections]
-        truths, found = run.gather(truths), run.gather(found)
-        for number, (truth, one) in enumerate(zip(truths, found, strict=True)):  # numbers of their own on each rank
+        pairs = run.gather([list(zip(truths, found, strict=True))])
+        # in the data's order, of which every rank had each world-th image: it decides between equal scores
+        pairs = [pair for row in itertools.zip_longest(*pairs) for pair in row if pair]
+        for number, (truth, one) in enumerate(pairs):
             truth["id"] = one["id"] = number
+        truths, found = ([pair[side] for pair in pairs] for side in (0, 1))
         # the same on all ranks: a second for 5,000 images, and nothing to send around
         return average_precision(truths, found, len(self.classes), self.masks), len(truths)
 
@@ -1194,7 +1204,7 @@ detect("image.jpg")"""
             from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
             (one,) = self.predict(model, [to_device(image, run.device)], [truth])
-            best = one["scores"] > 0.5
+            best = one["scores"] > 0.3
             true_masks = masks_of(truth["masks"], truth["height"], truth["width"]) if self.masks else None
             picture = as_size(image, truth["height"], truth["width"])
             sides = [picture]
@@ -1212,7 +1222,7 @@ detect("image.jpg")"""
             return sides, [(self.classes[c], colours[c]) for c in there]
 
         view = TruthView(self.args.model.image_size if self.is_detr else None, self.masks)
-        return write_pictures(run, self.val_source, view, draw, ("image", "truth", "score above 0.5"))
+        return write_pictures(run, self.val_source, view, draw, ("image", "truth", "score above 0.3"))
 
 
 RCNN_TYPE = "beit_rcnn"  # model_type of config.json, by which a folder is known
@@ -1306,11 +1316,11 @@ def write_pictures(run, source, view, draw, titles):
     from PIL import Image, ImageDraw
     from torchvision.transforms.v2.functional import to_pil_image
 
-    folder, model_args = run.folder / "pictures", run.args.run
+    folder, count = run.folder / "pictures", run.args.run.save_pictures
     folder.mkdir(exist_ok=True)
     chunks = one_pass(source, view, 1, 0)
     examples = ((chunk[name][0] for name in view.names) for chunk in chunks if len(chunk["ids"]))
-    for number, example in enumerate(itertools.islice(examples, model_args.save_pictures)):
+    for number, example in enumerate(itertools.islice(examples, count)):
         sides, legend = draw(*(to_device(value, torch.device("cpu")) for value in example))
         pictures = [to_pil_image(side) for side in sides]
         width, height = pictures[0].size

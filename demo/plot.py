@@ -3,6 +3,7 @@
     python demo/plot.py demo docs/demo.png                                 images and masks, loss, accuracies
     python demo/plot.py loss runs/cae-v2-nano-demo docs/demo_loss.png      the loss and its parts, from log.jsonl
     python demo/plot.py masks docs/masks.png                               block-wise and random masks of the demo
+    python demo/plot.py dense docs/dense.png RUN=TITLE ...                 what segmenters and detectors make of scenes
 
 The first one wants what demo/run.sh leaves in runs/.
 """
@@ -124,5 +125,17 @@ def masks(output, columns=8):
     figure.savefig(output, dpi=110)
 
 
+def dense(output, *runs, rows=2):
+    """The first pictures that --save-pictures left in each of the runs, side by side."""
+    figure, axes = plt.subplots(rows, len(runs), figsize=(5 * len(runs), 2.1 * rows), squeeze=False)
+    for column, run in zip(axes.T, runs, strict=True):
+        folder, _, title = run.partition("=")
+        column[0].set_title(title or folder, fontsize=11)
+        for axis, file in zip(column, sorted(Path(folder, "pictures").glob("*.png")), strict=False):
+            show(axis, plt.imread(file))
+    figure.tight_layout(pad=0.4)
+    figure.savefig(output, dpi=80)
+
+
 if __name__ == "__main__":
-    {"demo": demo, "loss": loss, "masks": masks}[sys.argv[1]](*sys.argv[2:])
+    {"demo": demo, "loss": loss, "masks": masks, "dense": dense}[sys.argv[1]](*sys.argv[2:])

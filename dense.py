@@ -88,11 +88,11 @@ class DenseData(TuneData):
     label_column: AutoStr = None
     """Column with the annotations: a picture of class numbers, or objects. Default: `annotation`, `objects`, ..."""
     batch_size: AutoInt = None
-    """Images per process and forward pass. Default: the effective batch size's share, at most 16; detection at most 4
-    (nano: 8)."""
+    """Images per process and forward pass. Default: the effective batch size's share, at most 16; detection at most
+    4."""
     effective_batch_size: AutoInt = None
     """Images per optimizer step over all processes, reached by accumulation. Default: segmentation 16, detection 32
-    (nano: 8)."""
+    (nano: 8 and 4)."""
 
 
 @dataclass
@@ -155,7 +155,7 @@ class SegmentRecipe(OptimizerArgs):
 
     lr: AutoFloat = None
     """Peak at an effective batch of 16; scaled linearly to the one in use. Default: 4e-4, large and huge 4e-5, nano
-    3e-3; the papers take the best of 1, 2, 3, 4e-4 or of 3, 4, 5e-5."""
+    6e-3; the papers take the best of 1, 2, 3, 4e-4 or of 3, 4, 5e-5."""
     warmup_steps: AutoInt = None
     """Linear warm-up from 0. Default: 1,500, at most a tenth of the run. Then the rate falls linearly to 0."""
     random_scale: Annotated[
@@ -257,7 +257,7 @@ class DetectRecipe(OptimizerArgs):
 
     lr: AutoFloat = None
     """Peak at an effective batch of 32; scaled linearly to the one in use. Default: 3e-4, large and huge 2e-4, lw-detr
-    1e-4; nano 2e-3, lw-detr 1e-3."""
+    1e-4; nano 1.6e-2, lw-detr 8e-3."""
     encoder_factor: AutoFloat = None
     """Factor on the encoder's learning rate, beside the layer-wise decay. Default: 1; lw-detr 1.5."""
     weight_decay: AutoFloat = None
@@ -305,7 +305,7 @@ class Detect:
 
 
 def layer_decay_of(size, large, other):
-    return large if size in ("large", "huge") else 0.9 if size == "nano" else other
+    return large if size in ("large", "huge") else 1.0 if size == "nano" else other
 
 
 def resolve_segment(args, origin, world=1):
@@ -322,14 +322,14 @@ def resolve_segment(args, origin, world=1):
     fill(model, "dropout", 0.0 if nano else 0.1)
     fill(recipe, "random_scale", (1.0, 1.0) if nano else (0.5, 2.0))
     fill(recipe, "jitter", 0.0 if nano else 0.5)
-    fill(recipe, "lr", 3e-3 if nano else 4e-5 if large else 4e-4)
+    fill(recipe, "lr", 6e-3 if nano else 4e-5 if large else 4e-4)
     fill(recipe, "layer_decay", layer_decay_of(size, 0.95, 0.65))
     fill(recipe, "short_side", model.image_size if not nano else 96)
     fill(recipe, "stride", max(1, 2 * model.image_size // 3))
     old = args_of_run(run)
     if run.epochs is None:
-        fill(run, "steps", old.get("steps") or (200 if nano else 160_000))
-    resolve_run(data, run, world, old, batch=16, effective=16, epochs=None)
+        fill(run, "steps", old.get("steps") or (300 if nano else 160_000))
+    resolve_run(data, run, world, old, batch=16, effective=8 if nano else 16, epochs=None)
     fill(recipe, "warmup_steps", old.get("warmup_steps"))
     if run.steps is not None:
         fill(recipe, "warmup_steps", min(1500, run.steps // 10))
@@ -374,7 +374,7 @@ def resolve_detect(args, origin, world=1):
     fill(model, "groups", 4 if nano else 13)
     fill(model, "decoder_depth", 2 if nano else 3)
     fill(model, "windows", 4 if nano else 16)
-    fill(recipe, "lr", (1e-3 if nano else 1e-4) if is_detr else 2e-3 if nano else 2e-4 if large else 3e-4)
+    fill(recipe, "lr", (8e-3 if nano else 1e-4) if is_detr else 1.6e-2 if nano else 2e-4 if large else 3e-4)
     fill(recipe, "encoder_factor", 1.5 if is_detr and not nano else 1.0)
     fill(recipe, "layer_decay", 0.8 if is_detr and not nano else layer_decay_of(size, 0.8, 0.75))
     fill(recipe, "weight_decay", 1e-4 if is_detr else 0.05)
@@ -384,9 +384,9 @@ def resolve_detect(args, origin, world=1):
     fill(recipe, "short_sides", (96,) if nano else tuple(range(480, 801, 32)))
     old = args_of_run(run)
     if nano and run.epochs is None:
-        fill(run, "steps", old.get("steps") or (300 if is_detr else 160))
-    effective = 8 if nano else 32
-    resolve_run(data, run, world, old, batch=8 if nano else 4, effective=effective, epochs=60.0 if is_detr else 12.0)
+        fill(run, "steps", old.get("steps") or (400 if is_detr else 280))
+    effective, epochs = 4 if nano else 32, 60.0 if is_detr else 12.0
+    resolve_run(data, run, world, old, batch=4, effective=effective, epochs=epochs)
     fill(recipe, "warmup_steps", old.get("warmup_steps"))
     fill(recipe, "warmup_steps", 0 if is_detr else min(500, (run.steps or 5000) // 10))
     require_optimizer(recipe)
@@ -1090,7 +1090,7 @@ class Detection:
         return beit.embeddings, beit.layers, beit
 
     def peak(self):
-        return self.args.recipe.lr * self.args.data.effective_batch_size / (8 if self.origin.size == "nano" else 32)
+        return self.args.recipe.lr * self.args.data.effective_batch_size / 32
 
     def warmup(self, length):
         require(self.args.recipe.warmup_steps < length.steps,

@@ -113,8 +113,8 @@ class DenseRun(TuneRun):
     epochs: AutoFloat = None
     """Passes over the data. Default: detection 12, lw-detr 60; segmentation and nano have a number of steps."""
     steps: AutoInt = None
-    """Optimizer steps, instead of epochs. Default: segmentation 160,000, nano 200; nano's detection 160, lw-detr
-    300."""
+    """Optimizer steps, instead of epochs. Default: segmentation 160,000, nano 300; nano's detection 280, lw-detr
+    400."""
     save_pictures: Annotated[int, Mark.FREE] = 0
     """At the end: predictions over so many images to evaluate on, beside the truth, in pictures/."""
 

@@ -1043,16 +1043,13 @@ def test_lw_detr_as_in_its_paper():
 def test_recipes_of_the_demo():
     nano = paper("nano", patch=4, image=28, depth=4)
     args = resolved(Segmentation(), nano)
-    assert (args.model.image_size, args.model.pyramid, args.model.head_dim, args.recipe.short_side) == (
-        64,
-        "off",
-        48,
-        96,
-    )
-    assert args.run.steps == args.recipe.eval_steps == 200 and args.recipe.warmup_steps == 20
+    model, recipe = args.model, args.recipe
+    assert (model.image_size, model.pyramid, model.head_dim, recipe.short_side) == (64, "off", 48, 96)
+    assert args.run.steps == recipe.eval_steps == 300 and recipe.warmup_steps == 30 and recipe.layer_decay == 1
+    assert (args.data.batch_size, args.data.effective_batch_size, recipe.random_scale) == (8, 8, (1, 1))
     args = resolved(Detection(), nano)
-    assert (args.run.steps, args.data.batch_size, args.data.effective_batch_size) == (160, 8, 8)
-    assert args.recipe.warmup_steps == 16 and args.recipe.short_sides == (96,)
+    assert (args.run.steps, args.data.batch_size, args.data.effective_batch_size) == (280, 4, 4)
+    assert args.recipe.warmup_steps == 28 and args.recipe.short_sides == (96,)
     told = " ".join(inspect.getsource(dense.DetectModel).split("anchors:")[1].split('"""')[1].split())
     assert f"nano {' '.join(map(str, args.model.anchors))}." in told, "as its flag says"
 

@@ -533,20 +533,20 @@ def check_rows(source, count=16):
 
 def linear_decay(step, total, warmup, peak):
     """Linear to 0, times a linear warm-up. (Released: `poly` with power 1.)"""
-    return peak * (1 - step / total) * min(1.0, step / max(warmup, 1) if warmup else 1.0)
+    return peak * (1 - step / total) * min(1.0, step / warmup if warmup else 1.0)
 
 
 def stepped(step, total, warmup, peak, drops):
     """A tenth after each of `drops`, parts of the run; and a linear warm-up."""
     passed = sum(step >= round(share * total) for share in drops)
-    return peak * 0.1**passed * min(1.0, step / max(warmup, 1) if warmup else 1.0)
+    return peak * 0.1**passed * min(1.0, step / warmup if warmup else 1.0)
 
 
 def published_rows(task, size):
     """Published results of this size: [(name, {score: percent})]."""
-    return [(name, dict(zip(columns, figures, strict=True))) for name, row_size, ade, coco in PUBLISHED
-            if row_size == size for columns, figures in [(("miou",), ade) if task == "segment" else
-                                                         (("ap", "mask_ap"), coco)] if figures]  # fmt: skip
+    columns = ("miou",) if task == "segment" else ("ap", "mask_ap")
+    rows = [(name, ade if task == "segment" else coco) for name, its, ade, coco in PUBLISHED if its == size]
+    return [(name, dict(zip(columns, figures, strict=True))) for name, figures in rows if figures]
 
 
 # mIoU on ADE20K with UperNet; box and mask AP on COCO with Mask R-CNN. The CAE rows are the released README's.

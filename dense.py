@@ -113,8 +113,8 @@ class DenseRun(TuneRun):
     epochs: AutoFloat = None
     """Passes over the data. Default: detection 12, lw-detr 60; segmentation and nano have a number of steps."""
     steps: AutoInt = None
-    """Optimizer steps, instead of epochs. Default: segmentation 160,000, nano 300; nano's detection 280, lw-detr
-    400."""
+    """Optimizer steps, instead of epochs. Default: segmentation 160,000, nano 300; nano's mask-rcnn 280,
+    cascade 240, lw-detr 300."""
     save_pictures: Annotated[int, Mark.FREE] = 0
     """At the end: predictions over so many images to evaluate on, beside the truth, in pictures/."""
 
@@ -384,7 +384,8 @@ def resolve_detect(args, origin, world=1):
     fill(recipe, "short_sides", (96,) if nano else tuple(range(480, 801, 32)))
     old = args_of_run(run)
     if nano and run.epochs is None:
-        fill(run, "steps", old.get("steps") or (400 if is_detr else 280))
+        steps = {"mask-rcnn": 280, "cascade": 240, "lw-detr": 300}[model.detector]
+        fill(run, "steps", old.get("steps") or steps)
     effective, epochs = 4 if nano else 32, 60.0 if is_detr else 12.0
     resolve_run(data, run, world, old, batch=4, effective=effective, epochs=epochs)
     fill(recipe, "warmup_steps", old.get("warmup_steps"))

@@ -38,12 +38,14 @@ from engine.errors import UserError, first_line, markdown, require
 from engine.evaluation import average_precision, confusion, evaluation_batches, segmentation_scores, together
 from engine.frozen import load_pretrained
 from engine.images import decode, to_device
+from engine.network import hub_file
 from engine.sources import LabelKind, Source, open_annotated, read_image
 from engine.stream import one_pass
 
 import copy
 import itertools
 import json
+import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -266,7 +268,7 @@ class DetectRecipe(OptimizerArgs):
     """Largest norm of the gradient; 0 does not clip. Default: 0; lw-detr 0.1, nano 0.5."""
     ema: AutoFloat = None
     """Decay of a moving average of the weights, which is then evaluated and written; 0 for none. Default: 0; lw-detr
-    0.9997 (nano: 0)."""
+    0.9997, shorter in runs of less than 33,333 steps; nano 0."""
     warmup_steps: AutoInt = None
     """Linear warm-up from 0. Default: 500, at most a tenth of the run; lw-detr 0."""
     drops: Annotated[tuple[float, ...] | None, tyro.conf.arg(metavar="SHARE ...", help_behavior_hint="")] = None
@@ -275,8 +277,8 @@ class DetectRecipe(OptimizerArgs):
     short_sides: Annotated[tuple[int, ...] | None, tyro.conf.arg(metavar="INT ...", help_behavior_hint="")] = None
     """Shorter sides of images to learn from, of which one is drawn for each; the last for evaluation. Default: 480 512
     ... 800; nano 96."""
-    long_side: int = 1333
-    """Longest side that an image may have, in pixels."""
+    long_side: AutoInt = None
+    """Longest side that an image may have, in pixels. Default: 1,333."""
 
 
 @dataclass
@@ -304,16 +306,52 @@ class Detect:
     run: DenseRun = field(default_factory=DenseRun)
 
 
+def steps_of(run, data, images):
+    """Optimizer steps of a run; None as long as the number of images, and nothing else, is to tell."""
+    if run.steps is None and images is not None:
+        return max(1, math.ceil(run.epochs * images / data.effective_batch_size - 1e-9))
+    return run.steps
+
+
+def settings_of(tuned):
+    """What an earlier result was built with, by the names of flags: what is tuned on, or evaluated, is as it was."""
+    if tuned is None:
+        return {}
+    config = tuned.config
+    if isinstance(config, RcnnConfig):
+        its = config.detector
+        return {"image_size": config.backbone.image_size, "channels": its["channels"],
+                "box_channels": its["box_channels"], "anchors": tuple(its["anchor_sizes"]),
+                "canonical_scale": its["canonical_scale"], "proposals": its["proposals_train"],
+                "rois": its["rois_per_image"], "detections": its["detections"],
+                "short_sides": tuple(its["min_sizes"]), "long_side": its["max_size"]}  # fmt: skip
+    if config.model_type == "lw_detr":
+        return {"image_size": config.backbone_config.image_size, "channels": config.d_model,
+                "queries": config.num_queries, "groups": config.group_detr, "decoder_depth": config.decoder_layers,
+                "windows": config.backbone_config.num_windows}  # fmt: skip
+    return {"image_size": config.backbone_config.image_size, "head_dim": config.hidden_size,
+            "pyramid": "on" if config.backbone_config.add_fpn else "off"}  # fmt: skip
+
+
+def fill_known(args, settings):
+    """Give fields that were left out the values of an earlier result."""
+    for name, value in settings.items():
+        for group in (args.model, args.recipe):
+            if getattr(group, name, "") in (None, "auto"):
+                setattr(group, name, value)
+
+
 def layer_decay_of(size, large, other):
     return large if size in ("large", "huge") else 1.0 if size == "nano" else other
 
 
-def resolve_segment(args, origin, world=1):
-    """Arguments with every None filled in. Raises UserError."""
+def resolve_segment(args, origin, world=1, images=None):
+    """Arguments with every None filled in; `images` to learn from, once it is known. Raises UserError."""
     args = copy.deepcopy(args)
     model, data, recipe, run = args.model, args.data, args.recipe, args.run
     config, size = origin.beit.config, origin.size
     nano, large = size == "nano", size in ("large", "huge")
+    fill_known(args, settings_of(origin.tuned))
     fill(model, "drop_path", 0.15 if large else None)
     resolve_encoder(model, origin, 64 if nano else 32 * config.patch_size)
     if model.pyramid == "auto":
@@ -330,12 +368,14 @@ def resolve_segment(args, origin, world=1):
     if run.epochs is None:
         fill(run, "steps", old.get("steps") or (300 if nano else 160_000))
     resolve_run(data, run, world, old, batch=16, effective=8 if nano else 16, epochs=None)
+    steps = steps_of(run, data, images)
+    if recipe.eval_every is None:
+        fill(recipe, "eval_steps", old.get("eval_steps"))  # those of the resumed run, also if it is to be longer now
     fill(recipe, "warmup_steps", old.get("warmup_steps"))
-    if run.steps is not None:
-        fill(recipe, "warmup_steps", min(1500, run.steps // 10))
+    if steps is not None:
+        fill(recipe, "warmup_steps", min(1500, steps // 10))
         if recipe.eval_every is None:
-            fill(recipe, "eval_steps", run.steps if nano else max(run.steps // 20, 1))
-    fill(recipe, "warmup_steps", 1500)
+            fill(recipe, "eval_steps", steps if nano else max(steps // 20, 1))
     fill(recipe, "eval_every", 1.0)
     require_optimizer(recipe)
     require_shares(recipe, "class_share", "jitter")
@@ -355,12 +395,13 @@ def resolve_segment(args, origin, world=1):
     return args
 
 
-def resolve_detect(args, origin, world=1):
-    """Arguments with every None filled in. Raises UserError."""
+def resolve_detect(args, origin, world=1, images=None):
+    """Arguments with every None filled in; `images` to learn from, once it is known. Raises UserError."""
     args = copy.deepcopy(args)
     model, data, recipe, run = args.model, args.data, args.recipe, args.run
     config, size, is_detr = origin.beit.config, origin.size, args.model.detector == "lw-detr"
     nano, large = size == "nano", size in ("large", "huge")
+    fill_known(args, settings_of(origin.tuned))
     fill(model, "drop_path", 0.0 if is_detr else 0.2 if size == "base" else None)  # LW-DETR has none
     resolve_encoder(model, origin, (24 if nano else 40 if is_detr else 50) * config.patch_size)
     fill(model, "channels", 64 if nano else 256)
@@ -379,17 +420,21 @@ def resolve_detect(args, origin, world=1):
     fill(recipe, "layer_decay", 0.8 if is_detr and not nano else layer_decay_of(size, 0.8, 0.75))
     fill(recipe, "weight_decay", 1e-4 if is_detr else 0.05)
     fill(recipe, "clip_grad", (0.5 if nano else 0.1) if is_detr else 0.0)
-    fill(recipe, "ema", 0.9997 if is_detr and not nano else 0.0)
     fill(recipe, "drops", () if is_detr else (0.75, 0.9167))
     fill(recipe, "short_sides", (96,) if nano else tuple(range(480, 801, 32)))
+    fill(recipe, "long_side", 1333)
     old = args_of_run(run)
     if nano and run.epochs is None:
         steps = {"mask-rcnn": 280, "cascade": 240, "lw-detr": 300}[model.detector]
         fill(run, "steps", old.get("steps") or steps)
     effective, epochs = 4 if nano else 32, 60.0 if is_detr else 12.0
     resolve_run(data, run, world, old, batch=4, effective=effective, epochs=epochs)
-    fill(recipe, "warmup_steps", old.get("warmup_steps"))
-    fill(recipe, "warmup_steps", 0 if is_detr else min(500, (run.steps or 5000) // 10))
+    steps = steps_of(run, data, images)
+    for name in ("warmup_steps", "ema"):
+        fill(recipe, name, old.get(name))  # those of the resumed run, also if it is to be longer now
+    fill(recipe, "warmup_steps", 0 if is_detr else steps and min(500, steps // 10))
+    # over a tenth of a short run: what it averages at the end must not be of the beginning
+    fill(recipe, "ema", min(0.9997, 1 - 10 / max(steps or 1, 20)) if is_detr and not nano else 0.0)
     require_optimizer(recipe)
     require_positive(recipe, "encoder_factor", "long_side")
     require_not_negative(recipe, "warmup_steps")
@@ -527,6 +572,8 @@ def check_rows(source, count=16):
             continue
         try:
             source.targets(row, picture)
+        except (OSError, SyntaxError):  # a damaged annotation likewise
+            continue
         except (ValueError, UserError) as error:
             name = (image or {}).get("path") or f"a row of {source.name}"
             raise UserError(f"annotation of {name}: {first_line(error)}") from error
@@ -676,7 +723,7 @@ class Segmentation:
         return open_origin(model, seed, ("upernet",), load_tuned)
 
     def resolve(self, args, origin, world, images=None):
-        return resolve_segment(args, origin, world)
+        return resolve_segment(args, origin, world, images)
 
     def open(self, args, origin, world):
         demo = {}
@@ -880,6 +927,13 @@ class ReadObjects:
         return objects
 
 
+def class_names(source):
+    """Of a source of objects; None where it does not name its classes. Raises UserError."""
+    if source.folder:
+        return source.folder.classes
+    return object_classes(source.data.features[source.label_column])
+
+
 def usable(objects, image):
     """Which objects are learned from: no crowds; boxes, cut to the image, of a pixel at least. (n) bool, boxes (n, 4)
     x1 y1 x2 y2."""
@@ -1000,7 +1054,7 @@ class Detection:
         return open_origin(model, seed, ("lw_detr", RCNN_TYPE), load_tuned)
 
     def resolve(self, args, origin, world, images=None):
-        return resolve_detect(args, origin, world)
+        return resolve_detect(args, origin, world, images)
 
     def open(self, args, origin, world):
         demo, known = {}, None
@@ -1010,10 +1064,11 @@ class Detection:
             demo = {"train": Scenes("train", 4000, what="objects"), "test": Scenes("test", 200, what="objects")}
             known = list(CLASSES)
         self.train_source, self.val_source = open_dense(args, world, OBJECTS, demo)
-        source = self.val_source
         if not demo:
-            feature = source.data.features[source.label_column]
-            known = source.folder.classes if source.folder else object_classes(feature)
+            names = [class_names(source) for source in (self.train_source, self.val_source) if source]
+            known = names[-1]
+            require(all(others == known for others in names), f"the splits of data set {args.data.dataset} disagree on "
+                    f"their classes ({len(names[0] or ())} and {len(known or ())}): all need the same, in one order")
         self.classes, self.masks = choose_classes(args.labels, known, args.data.dataset), args.model.masks
         for source in filter(None, (self.train_source, self.val_source)):
             box_format = "xywh" if demo or source.folder else args.labels.box_format
@@ -1142,7 +1197,8 @@ class Detection:
             outputs = model(pixel_values=to_input(torch.stack(images)))
             return lw_detr_detections(outputs, [(target["height"], target["width"]) for target in targets],
                                       self.args.model.detections)  # fmt: skip
-        found = model([image.float() / 255 for image in images])
+        # One at a time: others of a batch would pad it, and attention knows no padding.
+        found = [model([image.float() / 255])[0] for image in images]
         for one in found:
             one["labels"] = one["labels"] - 1
             if "masks" in one:
@@ -1216,8 +1272,10 @@ detect("image.jpg")"""
                 shades, drawn = [colours[label] for label in labels.tolist()], picture
                 if masks is not None and len(masks):
                     drawn = draw_segmentation_masks(drawn, masks.bool(), alpha=0.5, colors=shades)
-                if len(boxes):
-                    drawn = draw_bounding_boxes(drawn, boxes, colors=shades)
+                wide = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # others cannot be drawn
+                if wide.any():
+                    shades = [shade for shade, is_wide in zip(shades, wide.tolist(), strict=True) if is_wide]
+                    drawn = draw_bounding_boxes(drawn, boxes[wide], colors=shades)
                 sides.append(drawn)
             there = sorted({*truth["labels"].tolist(), *one["labels"][best].tolist()})
             return sides, [(self.classes[c], colours[c]) for c in there]
@@ -1269,11 +1327,14 @@ def load_rcnn(folder):
     from safetensors.torch import load_file
     from transformers import BeitBackbone, BeitConfig
 
+    def file(name):
+        return Path(folder) / name if Path(folder).is_dir() else hub_file(folder, name)
+
     try:
-        config = json.loads((Path(folder) / "config.json").read_text())
+        config = json.loads(Path(file("config.json")).read_text())
         backbone, settings = BeitBackbone(BeitConfig.from_dict(config["backbone"])), config["detector"]
         model = mask_rcnn(FeaturePyramid(backbone, settings["channels"], config["maps"]), **settings)
-        model.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        model.load_state_dict(load_file(file("model.safetensors")))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--checkpoint {folder} cannot be loaded: it is damaged or incomplete "
                         f"({first_line(error)})") from error  # fmt: skip

@@ -531,8 +531,9 @@ def mixing(recipe, num_classes):
 class Classification:
     """Images -> one class each. The order of the methods is that in which they are called.
 
-    Fields for the loop: name; metric, the score by which the best evaluation is chosen; train_source (None with
-    --eval-only), val_source, classes; args; skipped, files to evaluate on that could not be used.
+    Fields for the loop: name; metric, the score by which the best evaluation is chosen; title, pipeline, tags, of the
+    model card; from open() on train_source (None with --eval-only), val_source, classes; from build() on args, origin,
+    and skipped, files to evaluate on that could not be used.
     """
 
     name, metric = "classify", "top1"
@@ -672,7 +673,8 @@ def tune(asked, task):
     with Run(asked, "cae-finetune") as run:
         with run.main_process_first():
             origin = task.load(asked.model, asked.run.seed)
-            args = task.resolve(asked, origin, run.world)  # the recipe depends on the checkpoint's method and size
+            # Twice: the recipe depends on the checkpoint's method and size, and then on the number of images as well.
+            args = task.resolve(asked, origin, run.world)
             task.open(args, origin, run.world)
             asked.labels = args.labels  # now with the split to evaluate on
             args = task.resolve(asked, origin, run.world, task.train_source and task.train_source.num_images)
@@ -876,9 +878,12 @@ def finish(run, task, model, evaluations):
         "seed": args.run.seed,
         "reference": [{"model": name, **figures} for name, figures in published],
     }  # fmt: skip
-    if getattr(args.run, "save_pictures", 0):
-        result["pictures"] = str(task.save_pictures(run, model.eval()))
+    saves_pictures = getattr(args.run, "save_pictures", 0)
+    if saves_pictures:
+        result["pictures"] = str(run.folder / "pictures")
     result = run.write_result("finetune.py", result)
+    if saves_pictures:
+        task.save_pictures(run, model.eval())
     if args.run.push_to_hub and not args.recipe.eval_only:
         result["hub"] = push(run.folder / "model", args.run.push_to_hub)
         write_text(run.folder / "result.json", json.dumps(result, indent=2))

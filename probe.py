@@ -602,7 +602,6 @@ class CachedStream:
         return {"features": self.features[rows], "labels": self.labels[rows]}
 
 
-@torch.no_grad()
 def extract_once(extractor, train_source, val_source):
     """What is extracted once for a linear or attentive probe: (stream, features to evaluate on), each None where there
     is no need. The images to learn from are extracted if asked to, those to evaluate on unless all their tokens are

@@ -2,8 +2,9 @@
 
 from engine.arguments import DataArgs
 from engine.errors import UserError
+from engine.images import to_device
 from engine.sources import open_source
-from engine.stream import RowChunks, Stream
+from engine.stream import RowChunks, Stream, one_pass
 
 import json
 import os
@@ -15,9 +16,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from images import Numbers, png, write_folder, write_parquet, write_tars
+from images import Numbers, number_of, png, write_folder, write_parquet, write_tars
 from launch import ROOT
 
+CPU = torch.device("cpu")
 COUNTS = (23, 7, 31, 12, 19, 5, 11)  # seven shards of 108 images: neither divides by 2, 3 or the batch size
 
 
@@ -120,6 +122,66 @@ def test_two_ranks_see_the_global_batch_of_one(data_sets):
         assert sorted(batch["numbers"].tolist()) == sorted(torch.cat([p["numbers"] for p in parts]).tolist())
         pairs = lambda b: set(zip(b["numbers"].tolist(), b["seeds"].tolist(), strict=True))  # noqa: E731
         assert pairs(batch) == pairs(parts[0]) | pairs(parts[1]), "what is random about an image is the image's own"
+
+
+class NumbersWithTargets:
+    """Of images with targets: what is stacked, and what stays a list of tensors, dicts and words."""
+
+    names, lists = ("numbers", "images", "targets"), ("images", "targets")
+
+    def __call__(self, image, target, seed):
+        number = number_of(image)
+        image = image[:, : 1 + number % 3]
+        return torch.tensor(number), image, {"target": target, "boxes": torch.full((number % 4, 4), 1.0 * number)}
+
+
+@pytest.mark.parametrize(("streaming", "workers"), [(False, 0), (False, 2), (True, 2)])
+def test_what_has_many_sizes_stays_a_list(data_sets, streaming, workers):
+    """Beside what is stacked, in its order, over chunks and passes, from any number of loading processes."""
+    args = DataArgs(dataset=str(data_sets["parquet"]), streaming=streaming, workers=workers, batch_size=5)
+    source = open_source(args)
+    source.targets = lambda row, image: f"of {number_of(image)}, {row['label']}"
+    stream = Stream(source, NumbersWithTargets(), args, 3)
+    assert stream.names == ("numbers", "images", "targets")
+    seen = Counter()
+    for _ in range(44):  # two passes of 108
+        batch = next(stream)
+        images, targets = to_device(batch["images"], CPU), to_device(batch["targets"], CPU)
+        assert len(images) == len(targets) == 5
+        for number, image, target in zip(batch["numbers"].tolist(), images, targets, strict=True):
+            assert image.shape == (3, 1 + number % 3, 8) and number_of(image) == number
+            assert target["target"] == f"of {number}, {number % 2}"
+            assert torch.equal(target["boxes"], torch.full((number % 4, 4), 1.0 * number))
+            seen[number] += 1
+    assert set(seen) == set(range(sum(COUNTS))) and set(seen.values()) <= {2, 3}
+
+
+def test_lists_are_taken_up_where_a_checkpoint_left_them(data_sets):
+    args = DataArgs(dataset=str(data_sets["parquet"]), streaming=False, workers=0, batch_size=5)
+    source = open_source(args)
+    source.targets = lambda row, image: row["label"]
+    streams = [Stream(source, NumbersWithTargets(), args, 3)]
+    for _ in range(23):  # into the second pass, within a chunk
+        next(streams[0])
+    streams.append(Stream(source, NumbersWithTargets(), args, 3, state=json.loads(json.dumps(streams[0].state_dict()))))
+    for _ in range(5):
+        whole, continued = (next(stream) for stream in streams)
+        assert torch.equal(whole["numbers"], continued["numbers"])
+        assert [t["target"] for t in whole["targets"]] == [t["target"] for t in continued["targets"]]
+
+
+def test_a_target_that_is_none_is_a_bad_file(tmp_path):
+    """It is skipped and named as one whose image cannot be read."""
+    source = open_source(DataArgs(dataset=str(write_parquet(tmp_path / "some", (200,))), streaming=False, workers=0))
+
+    def targets(row, image):
+        if number_of(image) == 7:
+            raise ValueError("nothing is drawn on it")
+        return None
+
+    source.targets = targets
+    (skipped,) = [name for chunk in one_pass(source, NumbersWithTargets(), 50, 0) for name in chunk["skipped"]]
+    assert skipped.startswith("7.png (id ") and skipped.endswith(": nothing is drawn on it")
 
 
 def test_seed_changes_order_and_augmentation(data_sets):

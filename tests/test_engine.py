@@ -684,7 +684,8 @@ class Batches:
         return {"seen": self.taken}
 
 
-def fitted(tmp_path, learn, total, clock=None, images=40, evaluate=None, every=1.0, parts=1, **flags):
+def fitted(tmp_path, learn, total, clock=None, images=40, evaluate=None, every=1.0, every_steps=None,
+           parts=1, **flags):  # fmt: skip
     """A run with a model of nothing, 4 images a micro-batch, 8 a step; the lines of its log. learn(step, micro-batches)
     gives the values of a step and, as "bad", whether it is skipped."""
     args = train.Args(data=DataArgs(batch_size=4, effective_batch_size=8, parts=parts))
@@ -695,7 +696,7 @@ def fitted(tmp_path, learn, total, clock=None, images=40, evaluate=None, every=1
         run.open_folder(args)
         run.resume(Length(total, images / 8), {})
         stream = run.stream(SimpleNamespace(classes=None), SimpleNamespace(names=("images",)))
-        for step in run.steps(stream, evaluate=evaluate, evaluate_every=every):
+        for step in run.steps(stream, evaluate=evaluate, evaluate_every=every, evaluate_steps=every_steps):
             values = learn(step, run.micro_batches())
             run.record(values, values.pop("bad"))
     return [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
@@ -725,6 +726,12 @@ def test_a_line_of_the_log_is_the_mean_of_its_steps(tmp_path, clock):
         assert line["epoch"] == line["step"] / 5, "a pass is five steps of eight images"
         assert line["images_per_second"] == 2 and line["data_wait"] == 0.5, "8 images in 4 seconds, 2 of them waiting"
         assert ("top1" in line) == (line["step"] in (4, 8))
+
+
+def test_evaluations_may_be_counted_in_steps(tmp_path):
+    """Whatever a pass is; the last step has one, too."""
+    lines = fitted(tmp_path, learned(), 8, log_every=100, evaluate=lambda line: {"top1": 1.0}, every=0.2, every_steps=3)
+    assert [line["step"] for line in lines if "top1" in line] == [3, 6, 8]
 
 
 @pytest.mark.parametrize(("every", "steps"), [(1.0, [3, 5, 8, 9]), (0.5, [2, 3, 4, 5, 7, 8, 9]), (2.0, [5, 9]),

@@ -51,8 +51,8 @@ def origin_of(**config):
     return of_cae(encoder(**config), "here")
 
 
-def resolved(task, origin, *flags, world=1):
-    """As with these flags, which are set without tyro: it takes half a second for each command."""
+def resolved(task, origin, *flags, world=1, images=118_287):
+    """As with these flags, which are set without tyro: it takes half a second for each command. COCO's images."""
     asked = Segment() if isinstance(task, Segmentation) else Detect()
     asked.model.checkpoint = asked.data.dataset = "x"
     asked.data.workers = 0
@@ -65,7 +65,7 @@ def resolved(task, origin, *flags, world=1):
             kind = float if "float" in hint else int if "int" in hint else str
             value = tuple(map(kind, values)) if "tuple" in hint else kind(*values)
         setattr(group, name, value)
-    return task.resolve(asked, origin, world)
+    return task.resolve(asked, origin, world, images)
 
 
 def segmenter(origin, *flags, classes=THREE):
@@ -1054,6 +1054,77 @@ def test_recipes_of_the_demo():
     assert f"nano {' '.join(map(str, args.model.anchors))}." in told, "as its flag says"
 
 
+@pytest.mark.parametrize(("task", "flags", "warmup", "ema"), [
+    (Segmentation, "--epochs 20", 125, 0.0), (Detection, "", 37, 0.0),
+    (Detection, "--detector lw-detr", 0, 1 - 10 / 1875), (Detection, "--steps 300", 30, 0.0),
+])  # fmt: skip
+def test_short_runs_have_short_warm_ups_and_averages(task, flags, warmup, ema):
+    """Of a thousand images: 1,250, 375 and 1,875 steps. Nothing of it has to be told by a flag."""
+    recipe = resolved(task(), paper("small"), flags, images=1000).recipe
+    assert (recipe.warmup_steps, recipe.ema) == (warmup, pytest.approx(ema))
+    assert resolved(task(), paper("small"), flags, images=None).run.steps in (None, 300), "before they are counted"
+
+
+def test_a_longer_run_keeps_what_followed_from_its_length(tmp_path):
+    """--steps may grow: what was derived from it stays as the run began."""
+    flags = ["--steps", 1000, "--run-dir", tmp_path]
+    first = resolved(Segmentation(), paper("small"), *flags)
+    (tmp_path / "config.json").write_text(json.dumps({"args": finetune.flat(first), "model": {}}))
+    (tmp_path / "log.jsonl").touch()  # something has begun
+    flags[1] = 2000
+    second = resolved(Segmentation(), paper("small"), *flags)
+    assert (first.recipe.eval_steps, first.recipe.warmup_steps) == (50, 100)
+    assert (second.recipe.eval_steps, second.recipe.warmup_steps) == (50, 100)
+
+
+def test_an_earlier_result_is_gone_on_with_as_it_was():
+    """Its size, widths, anchors and the like, unless other flags are given."""
+    _, model = detector(origin_of(), *RCNN, "--detections", 7)
+    tuned = dense.of_tuned(model, model.backbone.beit.beit, "here")
+    args = resolved(Detection(), tuned, "--channels 24")
+    assert args.model.anchors == (8, 16, 24, 32, 48) and (args.model.channels, args.model.box_channels) == (24, 16)
+    assert (args.model.image_size, args.model.detections, args.model.proposals) == (64, 7, 20)
+    assert (args.recipe.short_sides, args.recipe.long_side) == ((64,), 64)
+    _, model = segmenter(origin_of(), "--head-dim 12", "--image-size 40", "--pyramid on")
+    model.config.id2label = dict(enumerate(THREE))
+    args = resolved(Segmentation(), dense.of_tuned(model, model.backbone.beit, "here"))
+    assert (args.model.head_dim, args.model.image_size, args.model.pyramid) == (12, 40, "on")
+    _, model = detector(origin_of(), *DETR)
+    tuned = dense.of_tuned(model, model.model.backbone.backbone, "here")
+    its = resolved(Detection(), tuned, "--detector lw-detr").model
+    assert (its.queries, its.groups, its.channels, its.windows, its.image_size) == (6, 2, 32, 4, 64)
+    assert its.decoder_depth == 2
+
+
+def test_a_detector_looks_at_one_image_at_a_time():
+    """What it finds in an image does not depend on the others of its batch, which would pad it."""
+    task, model = detector(origin_of(), *RCNN)
+    model.eval().roi_heads.score_thresh = 0.0
+    images = [torch.randint(256, (3, *size), dtype=torch.uint8) for size in ((48, 64), (72, 40))]
+    with torch.no_grad():
+        together = task.predict(model, images, [{}, {}])
+        alone = [task.predict(model, [image], [{}])[0] for image in images]
+    for one, other in zip(together, alone, strict=True):
+        assert len(one["boxes"]) and all(torch.equal(one[name], other[name]) for name in ("boxes", "labels", "scores"))
+
+
+def test_splits_of_other_categories_are_refused(tmp_path):
+    """In another order, or with one less: numbers of one split would be other classes in the next."""
+    for split, names in (("train2017", ("cat", "dog")), ("val2017", ("dog", "cat"))):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / split / "a.png")
+        content = {"images": [{"id": 1, "file_name": "a.png", "height": 20, "width": 20}], "annotations": [],
+                   "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)]}  # fmt: skip
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    asked = Detect()
+    asked.model.checkpoint, asked.data.dataset, asked.data.workers = "x", str(tmp_path), 0
+    task = Detection()
+    args = task.resolve(asked, origin_of(), 1)
+    with pytest.raises(UserError, match=r"disagree on their classes \(2 and 2\): all need the same, in one order"):
+        task.open(args, origin_of(), 1)
+
+
 SEGMENT_FLAGS = {
     "--drop-path 0.3": ("model", "drop_path", 0.3), "--pyramid off": ("model", "pyramid", "off"),
     "--head-dim 64": ("model", "head_dim", 64), "--lr 1e-4": ("recipe", "lr", 1e-4),
@@ -1211,7 +1282,7 @@ def test_every_argument_is_documented_and_grouped(capsys, command):
     text = capsys.readouterr().out
     assert_documented(command, text)
     told = " ".join(text.replace("│", " ").split())
-    for value in ("detection 12, lw-detr 60", "segmentation 160,000, nano 200", "16, detection 32"):
+    for value in ("detection 12, lw-detr 60", "segmentation 160,000, nano 300", "16, detection 32"):
         assert value in told, "the default is the task's, not that of classification"
 
 

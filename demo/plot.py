@@ -125,16 +125,17 @@ def masks(output, columns=8):
     figure.savefig(output, dpi=110)
 
 
-def dense(output, *runs, rows=2):
-    """The first pictures that --save-pictures left in each of the runs, side by side."""
-    figure, axes = plt.subplots(rows, len(runs), figsize=(5 * len(runs), 2.1 * rows), squeeze=False)
-    for column, run in zip(axes.T, runs, strict=True):
+def dense(output, *runs, columns=2):
+    """The first pictures that --save-pictures left in each of the runs: a row for each run."""
+    figure, axes = plt.subplots(len(runs), columns, figsize=(5.2 * columns, 2.2 * len(runs)), squeeze=False)
+    for row, run in zip(axes, runs, strict=True):
         folder, _, title = run.partition("=")
-        column[0].set_title(title or folder, fontsize=11)
-        for axis, file in zip(column, sorted(Path(folder, "pictures").glob("*.png")), strict=False):
+        for axis, file in zip(row, sorted(Path(folder, "pictures").glob("*.png")), strict=False):
             show(axis, plt.imread(file))
+            axis.spines[:].set_visible(False)
+        row[0].set_ylabel(title or folder, fontsize=11)
     figure.tight_layout(pad=0.4)
-    figure.savefig(output, dpi=80)
+    figure.savefig(output, dpi=90)
 
 
 if __name__ == "__main__":

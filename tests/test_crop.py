@@ -141,7 +141,7 @@ class StandIn:
 class Files:
     """In place of engine.sources.Source."""
 
-    name, patience, image_column, classes = "files", 0, "image", None
+    name, patience, image_column, classes, targets = "files", 0, "image", None, None
 
     def has(self, data):
         return True

@@ -185,7 +185,7 @@ def test_the_size_of_a_jpeg_is_read_from_its_header(options):
 class Rows:
     """In place of engine.sources.Source, for rows that no format could hold."""
 
-    name, patience, image_column, classes = "rows", 0, "image", None
+    name, patience, image_column, classes, targets = "rows", 0, "image", None, None
 
     def has(self, data):
         return True

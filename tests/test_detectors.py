@@ -604,10 +604,13 @@ def test_lw_detr_autocast():
     model, images, made = tiny().train(), torch.rand(2, 3, 64, 64), relative(targets())
     exact = lw_detr_losses(model, model(images), made)
     with torch.autocast("cpu", torch.bfloat16):
-        losses = lw_detr_losses(model, model(images), made)
+        outputs = model(images)
+        losses = lw_detr_losses(model, outputs, made)
+    outside = lw_detr_losses(model, outputs, made)
     for name, loss in losses.items():
         assert loss.dtype == torch.float32
         torch.testing.assert_close(loss, exact[name], rtol=0.1, atol=0)
+        torch.testing.assert_close(loss, outside[name], rtol=1e-6, atol=0)  # autocast ends before the loss
     losses["loss"].backward()
     assert not without_gradient(model)
 

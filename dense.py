@@ -39,13 +39,13 @@ from engine.evaluation import average_precision, confusion, evaluation_batches, 
 from engine.frozen import load_pretrained
 from engine.images import decode, to_device
 from engine.network import hub_file
+from engine.run import total_steps
 from engine.sources import LabelKind, Source, open_annotated, read_image
 from engine.stream import one_pass
 
 import copy
 import itertools
 import json
-import math
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -308,9 +308,8 @@ class Detect:
 
 def steps_of(run, data, images):
     """Optimizer steps of a run; None as long as the number of images, and nothing else, is to tell."""
-    if run.steps is None and images is not None:
-        return max(1, math.ceil(run.epochs * images / data.effective_batch_size - 1e-9))
-    return run.steps
+    known = run.steps is not None or images is not None
+    return total_steps(run, images and images / data.effective_batch_size) if known else None
 
 
 def settings_of(tuned):
@@ -476,6 +475,16 @@ def of_tuned(model, beit, name):
     return Origin(beit, None, labels, method, size_of(config.hidden_size, config.num_hidden_layers), name, None, model)
 
 
+def keeps_heads(args, origin, classes, verb, command):
+    """Whether an earlier result of the same task has the same classes, as --eval-only demands. Raises UserError."""
+    same = origin.tuned is not None and list(origin.labels) == classes
+    if args.recipe.eval_only:
+        require(origin.tuned is not None, f"--eval-only: {origin.name} {verb} nothing yet; give the run folder of a "
+                f"finetune.py {command}")  # fmt: skip
+        require(same, f"{origin.name} tells {len(origin.labels)} classes apart, the data set has {len(classes)}")
+    return same
+
+
 def out_indices(depth):
     """After which blocks UperNet and the pyramid take their maps, 1 for the first: 4, 6, 8 and 12 of 12."""
     return [max(1, round(depth * block / 12)) for block in (4, 6, 8, 12)]
@@ -577,6 +586,12 @@ def check_rows(source, count=16):
         except (ValueError, UserError) as error:
             name = (image or {}).get("path") or f"a row of {source.name}"
             raise UserError(f"annotation of {name}: {first_line(error)}") from error
+
+
+def warmup_of(recipe, length):
+    """--warmup-steps. Raises UserError."""
+    require(recipe.warmup_steps < length.steps, f"--warmup-steps {recipe.warmup_steps} is not shorter than the run")
+    return recipe.warmup_steps
 
 
 def linear_decay(step, total, warmup, peak):
@@ -751,11 +766,7 @@ class Segmentation:
         from transformers import UperNetConfig, UperNetForSemanticSegmentation
 
         self.args, self.origin, self.skipped = args, origin, []
-        require(not args.recipe.eval_only or origin.tuned is not None,
-                f"--eval-only: {origin.name} segments nothing yet; give the run folder of a finetune.py segment")
-        same = origin.tuned is not None and list(origin.labels) == self.classes
-        require(not args.recipe.eval_only or same,
-                f"{origin.name} tells {len(origin.labels or ())} classes apart, the data set has {len(self.classes)}")
+        same = keeps_heads(args, origin, self.classes, "segments", self.name)
         backbone = build_backbone(args.model, origin, args.model.pyramid == "on")
         config = UperNetConfig(
             backbone_config=backbone.config, hidden_size=args.model.head_dim, num_labels=len(self.classes),
@@ -784,9 +795,7 @@ class Segmentation:
         return self.args.recipe.lr * self.args.data.effective_batch_size / 16
 
     def warmup(self, length):
-        require(self.args.recipe.warmup_steps < length.steps,
-                f"--warmup-steps {self.args.recipe.warmup_steps} is not shorter than the run")
-        return self.args.recipe.warmup_steps
+        return warmup_of(self.args.recipe, length)
 
     def learning_rate(self, step, length, warmup):
         return linear_decay(step, length.steps, warmup, self.peak())
@@ -999,7 +1008,7 @@ class SquareView:
             corner, far = (torch.stack([1 - x, y], dim=1) for x, y in ((far[:, 0], corner[:, 1]),
                                                                       (corner[:, 0], far[:, 1])))  # fmt: skip
         boxes = torch.cat([(corner + far) / 2, far - corner], dim=1)
-        return as_square(image, self.size), {"boxes": boxes, "class_labels": labels}
+        return as_size(image, self.size, self.size), {"boxes": boxes, "class_labels": labels}
 
 
 def random_part(side):
@@ -1008,10 +1017,10 @@ def random_part(side):
     return torch.randint(side - length + 1, ()).item(), length
 
 
-def as_square(image, size):
+def as_size(image, height, width):
     from torchvision.transforms.v2 import functional
 
-    return functional.resize(image, [size, size])
+    return functional.resize(image, [height, width])
 
 
 class TruthView:
@@ -1030,7 +1039,7 @@ class TruthView:
                  "crowd": objects.crowd, "area": objects.area, "masks": None}  # fmt: skip
         if self.masks:
             truth["masks"] = encode_masks(masks_of(objects.segmentations or [], height, width))
-        return as_square(image, self.square) if self.square else image, truth
+        return as_size(image, self.square, self.square) if self.square else image, truth
 
 
 class Detection:
@@ -1077,20 +1086,15 @@ class Detection:
 
     def build(self, args, origin):
         self.args, self.origin, self.skipped = args, origin, []
-        model, tuned = args.model, origin.tuned
-        self.is_detr = model.detector == "lw-detr"
-        require(not args.recipe.eval_only or tuned is not None,
-                f"--eval-only: {origin.name} detects nothing yet; give the run folder of a finetune.py detect")
-        same = tuned is not None and list(origin.labels) == self.classes
-        require(not args.recipe.eval_only or same,
-                f"{origin.name} tells {len(origin.labels or ())} classes apart, the data set has {len(self.classes)}")
+        self.is_detr = args.model.detector == "lw-detr"
+        same = keeps_heads(args, origin, self.classes, "detects", self.name)
         try:
             built = self.build_detr(args, origin) if self.is_detr else self.build_rcnn(args, origin)
         except ValueError as error:
             raise UserError(first_line(error)) from error
         if same:
             try:
-                built.load_state_dict(tuned.state_dict())
+                built.load_state_dict(origin.tuned.state_dict())
             except RuntimeError as error:
                 raise UserError(f"{origin.name} is another detector than asked for ({first_line(error)}): keep its "
                                 "--detector, --masks, --image-size and widths") from error  # fmt: skip
@@ -1149,9 +1153,7 @@ class Detection:
         return self.args.recipe.lr * self.args.data.effective_batch_size / 32
 
     def warmup(self, length):
-        require(self.args.recipe.warmup_steps < length.steps,
-                f"--warmup-steps {self.args.recipe.warmup_steps} is not shorter than the run")
-        return self.args.recipe.warmup_steps
+        return warmup_of(self.args.recipe, length)
 
     def learning_rate(self, step, length, warmup):
         return stepped(step, length.steps, warmup, self.peak(), self.args.recipe.drops)
@@ -1159,6 +1161,9 @@ class Detection:
     def train_view(self):
         flip = self.args.recipe.flip
         return SquareView(self.args.model.image_size, flip) if self.is_detr else DetectView(flip, self.masks)
+
+    def eval_view(self):
+        return TruthView(self.args.model.image_size if self.is_detr else None, self.masks)
 
     def losses(self, model, images, targets):
         """What DetectView or SquareView gives."""
@@ -1172,10 +1177,10 @@ class Detection:
 
     def evaluate(self, run, model):
         truths, found = [], []
-        view = TruthView(self.args.model.image_size if self.is_detr else None, self.masks)
         with together():
-            for images, targets in evaluation_batches(run.accelerator, self.val_source, view, self.args.data,
-                                                      "images to evaluate on", self.skipped):  # fmt: skip
+            for images, targets in evaluation_batches(run.accelerator, self.val_source, self.eval_view(),
+                                                      self.args.data, "images to evaluate on",
+                                                      self.skipped):  # fmt: skip
                 with run.accelerator.autocast():
                     detections = self.predict(model, images, targets)
                 truths += [{name: to_host(value) for name, value in target.items()} for target in targets]
@@ -1186,7 +1191,7 @@ class Detection:
         for number, (truth, one) in enumerate(pairs):
             truth["id"] = one["id"] = number
         truths, found = ([pair[side] for pair in pairs] for side in (0, 1))
-        # the same on all ranks: a second for 5,000 images, and nothing to send around
+        # the same on all ranks: nothing to send around
         return average_precision(truths, found, len(self.classes), self.masks), len(truths)
 
     def predict(self, model, images, targets):
@@ -1280,8 +1285,7 @@ detect("image.jpg")"""
             there = sorted({*truth["labels"].tolist(), *one["labels"][best].tolist()})
             return sides, [(self.classes[c], colours[c]) for c in there]
 
-        view = TruthView(self.args.model.image_size if self.is_detr else None, self.masks)
-        return write_pictures(run, self.val_source, view, draw, ("image", "truth", "score above 0.3"))
+        return write_pictures(run, self.val_source, self.eval_view(), draw, ("image", "truth", "score above 0.3"))
 
 
 RCNN_TYPE = "beit_rcnn"  # model_type of config.json, by which a folder is known
@@ -1363,12 +1367,6 @@ def palette(count):
 
     shades = [(int(255 * (i * 0.618 % 1)), 200 if i % 2 else 255, 255 if i % 3 else 200) for i in range(count)]
     return [Image.new("HSV", (1, 1), shade).convert("RGB").getpixel((0, 0)) for shade in shades]
-
-
-def as_size(image, height, width):
-    from torchvision.transforms.v2 import functional
-
-    return functional.resize(image, [height, width])
 
 
 @torch.no_grad()

@@ -213,6 +213,7 @@ class PairedFolders:
         self.numbers = None
         """{value of a pixel: class number}, all others are ignored; None where the values are the numbers."""
         self.endings = "", ""  # of images and annotations, where not all images of a folder are meant
+        self.data = {}  # {split: datasets.Dataset}
         self.splits = self.cityscapes(root) or images_first(root) or split_first(root)
         """{split: (folder of images, folder of annotations)}"""
         if not self.splits:
@@ -238,9 +239,13 @@ class PairedFolders:
 
     def as_dataset(self, split):
         """datasets.Dataset with columns image and annotation, each {"bytes": None, "path"}. Raises UserError."""
-        import datasets
+        if split not in self.data:  # of 20,000 files, listed once
+            self.data[split] = self.list_split(*self.splits[split])
+        return self.data[split]
 
-        images, annotations = self.splits[split]
+    def list_split(self, images, annotations):
+        """The same, of a folder of images and one of annotations."""
+        import datasets
 
         def stem(path, ending):
             return path.removesuffix(ending or os.path.splitext(path)[1])

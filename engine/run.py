@@ -83,8 +83,12 @@ def length_of_run(run, data, source):
     unknown = f"the number of images in {source.name} is unknown"
     require(known or run.steps is not None, f"{unknown}: pass --num-images, or --steps for --epochs")
     steps_per_pass = source.num_images / data.effective_batch_size if known else None
-    total = run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
-    return Length(total, steps_per_pass, source.name)
+    return Length(total_steps(run, steps_per_pass), steps_per_pass, source.name)
+
+
+def total_steps(run, steps_per_pass):
+    """Optimizer steps that RunArgs ask for; `steps_per_pass` counts where these are epochs."""
+    return run.steps or max(1, math.ceil(run.epochs * steps_per_pass - 1e-9))
 
 
 def completes_passes(step, total, steps_per_pass, every):

@@ -217,7 +217,7 @@ def test_transformers_load_lw_detr(lw_detr, tmp_path):
         assert torch.equal(ours.logits, theirs.logits) and torch.equal(ours.pred_boxes, theirs.pred_boxes)
         processor = AutoImageProcessor.from_pretrained(folder)
         inputs = processor(Image.open(tmp_path / "x.png"), return_tensors="pt")["pixel_values"]
-        view = finetune.to_input(dense.as_square(image, 48)[None])
+        view = finetune.to_input(dense.as_size(image, 48, 48)[None])
     assert inputs.shape == view.shape and (inputs - view).abs().max() < 0.05, "one step of 255 is 0.018"
     found = pipeline("object-detection", str(folder), threshold=0.0)(str(tmp_path / "x.png"))
     assert len(found) > 3 and {one["label"] for one in found} <= set(scenes.THINGS)

@@ -19,6 +19,7 @@ from engine.arguments import (
     DataArgs,
     Mark,
     RunArgs,
+    WatchArgs,
     fill,
     name_of_data,
     parse,
@@ -34,6 +35,7 @@ from engine.frozen import compiled_if_possible, load_frozen, load_pretrained
 from engine.images import ColorJitter, crop_and_flip, normalize, resize
 from engine.run import Run, length_of_run
 from engine.sources import open_source
+from engine.watching import KNNProbe, open_labelled_part
 
 import copy
 import dataclasses
@@ -319,6 +321,7 @@ class Args:
     data: DataArgs = field(default_factory=DataArgs)
     target: TargetArgs = field(default_factory=TargetArgs)
     recipe: RecipeArgs = field(default_factory=RecipeArgs)
+    probe: WatchArgs = field(default_factory=WatchArgs)
     run: RunArgs = field(default_factory=RunArgs)
 
 
@@ -361,6 +364,7 @@ def resolve(args, world=1, images=None):
     require(0 < target.mask_ratio < 1, f"--mask-ratio is {target.mask_ratio}: it must lie between 0 and 1")
     require_positive(target, "min_block")
     require_positive(recipe, "lr", "adam_eps")
+    require_not_negative(args.probe, "probe_every")
     require_not_negative(recipe, "min_lr", "warmup_epochs", "weight_decay", "weight_decay_end", "clip_grad")
     for name in ("beta1", "beta2"):
         require(0 <= getattr(recipe, name) < 1, f"--{name} is {getattr(recipe, name)}: it must lie in [0, 1)")
@@ -430,6 +434,7 @@ def train(asked):
         with run.main_process_first():
             source = open_source(args.data, args.data.parts)
             args = resolve(asked, run.world, source.num_images)  # now with a batch that fits the data
+            labelled = open_labelled_part(args.probe, args.data, source)
             run.open_folder(args)  # is it the same run as the one there? run.resume below continues it
             teacher = build_teacher(args, model_config(args)).to(run.device, run.frozen_dtype)
         recipe, config = args.recipe, model_config(args, target_dim=teacher.target_dim)
@@ -466,10 +471,16 @@ def train(asked):
             unwrapped.load_state_dict(weights)
             unwrapped.save_pretrained(folder)
 
+        def class_tokens(model, images):
+            """What the encoder makes of whole images, by which kNN compares them: uint8 (B, 3, S, S) -> (B, D)."""
+            return model.encode(normalize(images.float() / 255, IMAGENET_MEAN, IMAGENET_STD))[:, 0]
+
+        probe = KNNProbe(run, class_tokens, config.image_size, labelled, args.probe.probe_every, length)
         peak = recipe.lr * args.data.effective_batch_size / 2048
         # From the checkpoint's step on. After each step's body: a line of the log every --log-every steps, a checkpoint
-        # every --checkpoint-every, both at the end and on a signal.
-        for step in run.steps(stream, write_model=write_model):
+        # every --checkpoint-every, both at the end and on a signal; kNN every --probe-every epochs.
+        for step in run.steps(stream, evaluate=probe.evaluate, evaluate_every=probe.passes, evaluate_steps=probe.steps,
+                              write_model=write_model):  # fmt: skip
             lr = learning_rate(step, length.steps, warmup, peak, recipe.min_lr)
             weight_decay = cosine(step, length.steps, recipe.weight_decay, recipe.weight_decay_end)
             for group in optimizer.param_groups:

@@ -62,7 +62,7 @@ class ImagesArgs:
     image_column: Annotated[AutoStr, Mark.DATA] = None
     """Column with the images. Default: `image`, or the first column of images."""
     label_column: AutoStr = None
-    """Column with the labels; pretraining only checks that it exists. Default: `label` or `cls`, where there is one."""
+    """Column with the labels; pretraining learns nothing from it. Default: `label` or `cls`, where there is one."""
     streaming: Annotated[bool, tyro.conf.arg(help_behavior_hint=""), Mark.DATA] = False
     """Read shards as a stream instead of downloading them first (Parquet, tar). Default: on for Hub ids and `demo`."""
     val_fraction: Annotated[AutoFloat, Mark.DATA] = None
@@ -103,6 +103,17 @@ class LabelArgs:
     """Split to evaluate on. Default: the first that exists of validation, val, valid and test."""
     num_classes: AutoInt = None
     """Number of classes. Default: read from the data; needed for streamed tar shards only."""
+
+
+@dataclass
+class WatchArgs:
+    """Is it learning? kNN of the encoder so far, among labelled images. See engine/watching.py."""
+
+    probe_every: Annotated[AutoFloat, Mark.FREE] = None
+    """Epochs between probes, and one at the end; 0: none. Default: a fiftieth of the run, at least 1; of less than 3200
+    images several."""
+    probe_split: Annotated[AutoStr, Mark.FREE] = None
+    """Split with labels. Default: what --val-fraction holds out, validation, val, valid, test, or the split itself."""
 
 
 @dataclass
@@ -153,9 +164,11 @@ def parse(kind, argv=None, **options):
     hence the second reading."""
     try:
         first = tyro.cli(kind, args=argv, config=(tyro.conf.OmitArgPrefixes,), **options)
-        default = type(first)()
-        default.data.streaming = local_path(first.data.dataset) is None or first.data.dataset == "demo"
-        args = tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
+        args = first
+        if hasattr(first, "data"):  # not where runs are drawn
+            default = type(first)()
+            default.data.streaming = local_path(first.data.dataset) is None or first.data.dataset == "demo"
+            args = tyro.cli(kind, args=argv, default=default, config=(tyro.conf.OmitArgPrefixes,), **options)
         require_possible(flat(args))
         return args
     except BrokenPipeError:  # of --help | head

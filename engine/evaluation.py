@@ -45,6 +45,11 @@ def hits(scores, labels, above=-math.inf):
     return torch.stack([right[..., :1].any(-1).sum(-1), right.any(-1).sum(-1)], dim=-1)
 
 
+def psnr(error):
+    """Peak signal-to-noise ratio in dB of a mean squared error of pixels in [0, 1]; infinite for none."""
+    return -10 * math.log10(error) if error > 0 else math.inf
+
+
 @torch.no_grad()
 def accuracy(accelerator, model, batches, shape=()):
     """Top-1 and top-5 accuracy in percent, (*shape, 2) as lists, and the number of images.
@@ -78,6 +83,13 @@ def evaluation_batches(accelerator, source, view, data, what, skipped):
     """What the view gives, and labels (B) where the source has classes, of this rank's part of one pass, on the device,
     with a bar. `skipped` is emptied, then collects the files that cannot be used. Raises BadFilesError."""
     names = (*view.names, *(("labels",) if source.classes else ()))
+    for chunk in evaluation_chunks(accelerator, source, view, data, what, skipped):
+        if len(chunk["ids"]):
+            yield tuple(to_device(chunk[name], accelerator.device) for name in names)
+
+
+def evaluation_chunks(accelerator, source, view, data, what, skipped):
+    """The same as engine.stream's chunks, on the host: with ids. Some hold no image. Raises BadFilesError."""
     rank, world = accelerator.process_index, accelerator.num_processes
     total = source.num_images and len(range(rank, source.num_images, world))
     chunks = one_pass(source, view, data.batch_size, data.workers, rank, world)
@@ -86,8 +98,7 @@ def evaluation_batches(accelerator, source, view, data, what, skipped):
         skipped += chunk["skipped"]
         for name in chunk["skipped"]:
             tqdm.write(printable(f"skipped {name}"), file=sys.stderr)
-        if len(chunk["ids"]):
-            yield tuple(to_device(chunk[name], accelerator.device) for name in names)
+        yield chunk
 
 
 def warn_if_seen(checkpoint, data):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from tqdm.auto import tqdm
 
-SCORES = {"top1": "top-1", "miou": "mIoU", "ap": "AP"}  # of evaluations, as the bar calls them
+SCORES = {"top1": "top-1", "knn_top1": "kNN", "miou": "mIoU", "ap": "AP"}  # of evaluations, as the bar calls them
 QUIET = 30.0  # seconds without a line, after which the terminal is told where the run is
 MUCH_WAITING, JUDGED_AFTER = 0.1, 30.0  # share of the time without data that is worth a line, and seconds to judge by
 BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"  # tqdm's own without its rate

@@ -42,6 +42,8 @@ class Source:
     """The Parquet files of a stream whose shards are files."""
     side: tuple | None = None
     """Streams with --val-fraction, (fraction, whether these are the images held out): others are passed over."""
+    most_shards: int | None = None
+    """Of a stream that is not read whole: how many shards of a pass are."""
     tars: list = field(default_factory=list)
     """The tar files of a stream, which are its shards."""
     row_groups: RowGroups | None = None

@@ -1,4 +1,5 @@
-"""Two processes: CAE sharded by FSDP2 (fully_shard) takes the steps of the whole model. Run by tests/test_scripts.py.
+"""Two processes: CAE sharded by FSDP2 (fully_shard) takes the steps of the whole model, and logs the same kNN. Run by
+tests/test_scripts.py.
 
     ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 tests/fsdp.py
 
@@ -9,6 +10,7 @@ it: one group a block, gradients clipped, fused AdamW, a step that is not finite
 import copy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -17,7 +19,11 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from engine.arguments import DataArgs, WatchArgs
 from engine.checkpoints import whole_weights
+from engine.run import Length
+from engine.sources import open_source
+from engine.watching import KNNProbe, open_labelled_part
 
 from cae import CAE, CAEConfig, block_mask
 from train import parameter_groups
@@ -43,6 +49,21 @@ def take_steps(model, batches, rank=0, world=1):
     return results
 
 
+def knn_top1(model, rank, world):
+    """What a run with this model would log, and of how many images."""
+    from accelerate import Accelerator
+    from accelerate.utils import gather_object
+
+    data = DataArgs(dataset="demo", streaming=True, workers=0, batch_size=16, effective_batch_size=64, parts=1)
+    run = SimpleNamespace(accelerator=Accelerator(), device=torch.device("cpu"), is_main=rank == 0, world=world,
+                          model=model, gather=gather_object, args=SimpleNamespace(data=data),
+                          progress=SimpleNamespace(step=0))  # fmt: skip
+    part = open_labelled_part(WatchArgs(), data, open_source(data))
+    encode = lambda model, images: model.encode(images.float() / 255)[:, 0]  # noqa: E731
+    probe = KNNProbe(run, encode, 28, part, None, Length(64, 94.0))
+    return probe.evaluate({})["knn_top1"], len(probe.labels)
+
+
 def main():
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -55,6 +76,9 @@ def main():
         for module in (*sharded.encoder.blocks, *sharded.regressor.blocks):
             fully_shard(module)
         fully_shard(sharded)
+        (top1, images), (top1_whole, _) = (knn_top1(model, rank, world) for model in (sharded, whole))
+        assert abs(top1 - top1_whole) < 101 / images and 0 < top1 < 100 < images, (top1, top1_whole, images)
+        assert all(isinstance(p, DTensor) for p in sharded.parameters()) and sharded.training
         batches = [(torch.randn(4, 3, 28, 28), *block_mask(4, (7, 7), 13, min_block=4), target()) for _ in range(5)]
         expected = take_steps(whole, batches)
         got = take_steps(sharded, batches, rank, world)

@@ -335,7 +335,7 @@ def test_one_percent_of_bad_files_is_the_most_in_an_evaluation():
 
 FREE = {"run_dir", "resume", "resume_changed", "log_every", "checkpoint_every", "keep", "milestone_every", "tracker",
         "compile", "compile_teacher", "checkpoint_blocks", "workers", "timeout", "patience", "max_bad_steps",
-        "checkpoint", "beside", "push_to_hub"}  # fmt: skip
+        "checkpoint", "beside", "push_to_hub", "probe_every", "probe_split"}  # fmt: skip
 BEGINS_ANEW = {"dataset", "split", "image_column", "streaming", "val_fraction", "num_images", "seed", "batch_size",
                "parts", "shuffle_window", "interleave"}  # fmt: skip
 

@@ -197,7 +197,7 @@ def test_an_evaluation_speaks_alone(tmp_path, output, monkeypatch):
         heard.append(output().removeprefix(before))
         return {"top1": 50.0}
 
-    monkeypatch.setattr(Run, "steps", lambda *a, **options: steps(*a, evaluate=evaluate, **options))
+    monkeypatch.setattr(Run, "steps", lambda *a, **options: steps(*a, **{**options, "evaluate": evaluate}))
     run(tmp_path / "run")
     assert heard == [""]
     assert re.search(r"(?m)^step 3/3  loss .*  top-1 50\.0  00:00 left$", output())
@@ -249,7 +249,7 @@ def test_trackers_get_no_curves_of_step_and_epoch(tmp_path):
         events = EventAccumulator(str(file))
         events.Reload()
         steps |= {name: [point.step for point in events.Scalars(name)] for name in events.Tags()["scalars"]}
-    assert {"loss", "lr", "images_per_second"} <= set(steps) and not set(steps) & {"step", "epoch"}
+    assert {"loss", "lr", "images_per_second", "knn_top1"} <= set(steps) and not set(steps) & {"step", "epoch"}
     assert steps["loss"] == [1, 2, 3]
 
 

@@ -106,6 +106,13 @@ def patchify(images, patch_size, order="c p q"):
     return rearrange(images, pattern, r=rows, k=columns, p=patch_size, q=patch_size)
 
 
+def unpatchify(patches, patch_size, grid, order="p q c"):
+    """(B, N, 3 P^2), as in MAE in the order (row, column, channel) -> (B, 3, H, W): what patchify undoes."""
+    rows, columns = grid
+    pattern = f"b (r k) ({order}) -> b c (r p) (k q)"
+    return rearrange(patches, pattern, r=rows, k=columns, p=patch_size, q=patch_size)
+
+
 def patch_grid(images, patch_size):
     """(rows, columns) of patches in images (B, 3, H, W). Raises ValueError where the patch does not divide them."""
     height, width = images.shape[-2:]
@@ -150,6 +157,14 @@ def take(tokens, index):
 # Attention and blocks. q and v have a bias, k has none: a shift common to all keys cancels in the softmax.
 
 
+def attention_weights(q, k):
+    """softmax(q k^T / sqrt(d)) written out, for pictures: the fused kernel of the forward passes never has it.
+
+    q (B, heads, n, d), k (B, heads, m, d) -> (B, heads, n, m), each row with a sum of 1.
+    """
+    return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention. q, k and v are one (3D x D) matrix."""
 
@@ -161,11 +176,14 @@ class Attention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def split(self, x):
+        """x (B, n, D) -> q, k, v, each (B, heads, n, D / heads)."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x, self.qkv.weight, bias)                                         # (B, n, 3D)
-        q, k, v = rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
-        x = F.scaled_dot_product_attention(q, k, v)                                      # (B, heads, n, D / heads)
+        return rearrange(qkv, "b n (three h d) -> three b h n d", three=3, h=self.heads)
+
+    def forward(self, x):
+        x = F.scaled_dot_product_attention(*self.split(x))                               # (B, heads, n, D / heads)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))                           # (B, n, D)
 
 
@@ -180,10 +198,12 @@ class CrossAttention(nn.Module):
         self.v = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
+    def split(self, q, k, v):
+        """q (B, n, R), k and v (B, m, R) -> the same, projected: (B, heads, n, R / heads), (B, heads, m, R / heads)."""
+        return (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (self.q(q), self.k(k), self.v(v)))
+
     def forward(self, q, k, v):
-        q, k, v = self.q(q), self.k(k), self.v(v)                                        # (B, n, R), (B, m, R) twice
-        q, k, v = (rearrange(t, "b n (h d) -> b h n d", h=self.heads) for t in (q, k, v))
-        x = F.scaled_dot_product_attention(q, k, v)                                      # (B, heads, n, R / heads)
+        x = F.scaled_dot_product_attention(*self.split(q, k, v))                         # (B, heads, n, R / heads)
         return self.proj(rearrange(x, "b h n d -> b n (h d)"))                           # (B, n, R)
 
 
@@ -400,20 +420,34 @@ class Encoder(nn.Module):
         self.norm = nn.LayerNorm(config.dim, eps=LN_EPS)
         self.checkpoint_blocks = False  # True: each block is run again in the backward pass, instead of kept in memory
 
-    def forward(self, images, index=None, stochastic=True):
-        """images (B, 3, H, W), index (B, n) or None for all N patches -> (B, 1 + n, D), class token first."""
+    def embed(self, images, index=None):
+        """What the first block gets of images (B, 3, H, W), index (B, n) or None for all N patches: (B, 1 + n, D)."""
         positions = self.positions(patch_grid(images, self.patch_size))                  # (N, D)
         patches = patchify(images, self.patch_size)                                      # (B, N, 3 P^2)
         if index is not None:
             patches, positions = take(patches, index), positions[index]                  # (B, n, 3 P^2), (B, n, D)
         x = self.patch_embed(patches) + positions                                        # (B, n, D)
-        x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)           # (B, 1 + n, D)
+        return torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1)        # (B, 1 + n, D)
+
+    def forward(self, images, index=None, stochastic=True):
+        """images (B, 3, H, W), index (B, n) or None for all N patches -> (B, 1 + n, D), class token first."""
+        x = self.embed(images, index)                                                    # (B, 1 + n, D)
         for block in self.blocks:
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x = checkpoint(block, x, stochastic, use_reentrant=False)                # (B, 1 + n, D)
             else:
                 x = block(x, stochastic)                                                 # (B, 1 + n, D)
         return self.norm(x)                                                              # (B, 1 + n, D)
+
+    def attention(self, images, block=-1):
+        """Who attends to whom in one of the blocks, without stochastic depth: (B, heads, 1 + N, 1 + N), rows attend to
+        columns."""
+        *before, last = self.blocks[: range(len(self.blocks))[block] + 1]
+        x = self.embed(images)                                                           # (B, 1 + N, D)
+        for earlier in before:
+            x = earlier(x, stochastic=False)                                             # (B, 1 + N, D)
+        q, k, _ = last.attn.split(last.norm1(x))                                         # (B, heads, 1 + N, D / heads)
+        return attention_weights(q, k)
 
 
 class Regressor(nn.Module):
@@ -614,6 +648,29 @@ class CAE(
         targets. Here it is the same encoder, run as in evaluation.
         """
         return self.latents(images, masked, stochastic=False)[:, 1:]
+
+    def predict(self, images, visible, masked):
+        """What the model makes of the visible patches, whatever its loss looks at; arguments as forward's.
+
+        cae: codes' logits or pixels of the masked patches, (B, Nm, C). cae-v2: CLIP's latents, of length 1, of class
+        token, visible and masked patches, (B, 1 + Nv + Nm, C).
+        """
+        grid = patch_grid(images, self.config.patch_size)
+        z = self.latents(images, visible)                                                # (B, 1 + Nv, R)
+        z_masked = self.regressor(z[:, 1:], visible, masked, grid)                       # (B, Nm, R)
+        if self.config.method == "cae":
+            return self.decoder(z_masked, masked, grid)                                  # (B, Nm, C)
+        return self.head(torch.cat([z, z_masked], dim=1))                                # (B, 1 + Nv + Nm, C)
+
+    def decode_latents(self, images):
+        """cae: the encoder sees ALL patches, and the decoder takes its latents, without the regressor: (B, N, C).
+
+        In training it sees regressed latents alone: if pictures come out here, both lie in one space, which is what the
+        alignment is for (CAE section "Predictions are made in the encoded representation space", figure 4).
+        """
+        grid = patch_grid(images, self.config.patch_size)
+        everything = torch.arange(grid[0] * grid[1], device=images.device).expand(len(images), -1)
+        return self.decoder(self.latents(images, everything)[:, 1:], everything, grid)   # (B, N, C)
 
     def encode(self, images):
         """images (B, 3, H, W) of any size that the patch divides -> (B, 1 + N, D), class token first, final LN."""

@@ -43,7 +43,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cae import CAE, IMAGENET_MEAN, IMAGENET_STD, LN_EPS, SIZES, CAEConfig
+from cae import CAE, IMAGENET_MEAN, IMAGENET_STD, LN_EPS, SIZES, CAEConfig, former_name
 
 logger = logging.getLogger("convert")
 
@@ -304,6 +304,29 @@ def open_encoder(origin, seed, of_cae, of_transformers):
         return of_transformers(folder, config) if config else of_cae(load_model(name))
     except (OSError, ValueError, RuntimeError, SafetensorError, HfHubHTTPError) as error:
         raise UserError(f"--checkpoint {name} cannot be loaded: {first_line(error)}") from error
+
+
+def frozen_cae(model):
+    """engine.frozen.Frozen of a CAE, whose encode() takes any size."""
+    from engine.frozen import Frozen, Kind
+
+    def tokens(model, images, resized):
+        return model.encode(images)
+
+    def attention(model, images, resized, block):
+        return model.encoder.attention(images, block)
+
+    config = model.config
+    kind = Kind(config.method, tokens, IMAGENET_MEAN, IMAGENET_STD, attention)
+    return Frozen(model, kind, config.image_size, config.patch_size, config.dim, config.heads)
+
+
+def weights_of(encoder):
+    """A short name of the weights of a Frozen. (For a CAE the one that run folders have always had.)"""
+    from engine.checkpoints import fingerprint
+
+    state = encoder.model.state_dict()
+    return fingerprint({former_name(name) if isinstance(encoder.model, CAE) else name: w for name, w in state.items()})
 
 
 # ----------------------------------------------------------------------------------------------------------------

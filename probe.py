@@ -32,10 +32,10 @@ from engine.arguments import (
     resolve_images,
     resolve_run,
 )
-from engine.checkpoints import args_of_run, fingerprint, make_run_dir, write_config
+from engine.checkpoints import args_of_run, make_run_dir, write_config
 from engine.errors import UserError, command_line, first_line, require
 from engine.evaluation import KS, PUBLISHED, accuracy, evaluation_batches, knn, warn_if_seen
-from engine.frozen import Frozen, Kind, load_frozen
+from engine.frozen import load_frozen
 from engine.images import CenterCrop, crop_and_flip, crop_ratio, to_device
 from engine.run import Run, join_statistics, length_of_run
 from engine.seeds import permutation, seed_of
@@ -58,8 +58,8 @@ import torch.nn.functional as F
 import tyro
 from einops import rearrange
 
-from cae import CAE, IMAGENET_MEAN, IMAGENET_STD, LN_EPS, SIZES, CrossAttention, former_name
-from convert import open_encoder
+from cae import LN_EPS, SIZES, CrossAttention
+from convert import frozen_cae, open_encoder, weights_of
 
 # ----------------------------------------------------------------------------------------------------------------
 # Flags: one dataclass for each sub-command, of groups that share fields. Values of None follow from others.
@@ -279,20 +279,7 @@ def task_of(args):
 
 def load_encoder(args, seed=0):
     """EncoderArgs -> Frozen. Raises UserError."""
-    return open_encoder(args, seed, of_cae, lambda name, config: load_frozen(name, "--checkpoint", config=config))
-
-
-def of_cae(model):
-    """Frozen of a CAE, whose encode() takes any size."""
-    config = model.config
-    kind = Kind(config.method, lambda model, images, resized: model.encode(images), IMAGENET_MEAN, IMAGENET_STD)
-    return Frozen(model, kind, config.image_size, config.patch_size, config.dim, config.heads)
-
-
-def weights_of(encoder):
-    """A short name of an encoder's weights. (For a CAE the one that run folders have always had.)"""
-    state = encoder.model.state_dict()
-    return fingerprint({former_name(name) if isinstance(encoder.model, CAE) else name: w for name, w in state.items()})
+    return open_encoder(args, seed, frozen_cae, lambda name, config: load_frozen(name, "--checkpoint", config=config))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Makes the two parts of the demo: a small real data set and a small CLIP teacher trained on it.
 
     python demo/make_demo.py data --source dataset-fashion-mnist_*_all.deb     # about 10 seconds
+    python demo/make_demo.py data --source dataset-fashion-mnist_*_all.deb --per-class 6000 1000 --out fashion   # all
     python demo/make_demo.py teacher                                           # about 15 min, two CPU cores
 
 `data` takes a class-balanced subset of Fashion-MNIST: the first 600 images of every class from the training
@@ -63,17 +64,19 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def data(source: Path, out: Path = DEMO / "fashion_mnist", seed: int = 0) -> None:
-    """Writes train.parquet and test.parquet from the original files of Fashion-MNIST."""
+def data(source: Path, out: Path = DEMO / "fashion_mnist", seed: int = 0,
+         per_class: tuple[int, int] = (600, 100)) -> None:
+    """Writes train.parquet and test.parquet from the original files of Fashion-MNIST: so many images of each class in
+    either, of the 6,000 and 1,000 that there are."""
     with tempfile.TemporaryDirectory() as unpacked:
         if source.suffix == ".deb":
             subprocess.run(["dpkg", "-x", source, unpacked], check=True)
             source = Path(unpacked)
         out.mkdir(parents=True, exist_ok=True)
-        for split, prefix, per_class in (("train", "train", 600), ("test", "t10k", 100)):
+        for split, prefix, count in (("train", "train", per_class[0]), ("test", "t10k", per_class[1])):
             images = read_idx(next(source.rglob(f"{prefix}-images-idx3-ubyte.gz")))
             labels = read_idx(next(source.rglob(f"{prefix}-labels-idx1-ubyte.gz")))
-            chosen = np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(len(CLASSES))])
+            chosen = np.concatenate([np.flatnonzero(labels == c)[:count] for c in range(len(CLASSES))])
             np.random.default_rng(seed).shuffle(chosen)
             rows = {"image": [{"bytes": png(images[i]), "path": None} for i in chosen],
                     "label": labels[chosen].tolist()}
@@ -82,7 +85,7 @@ def data(source: Path, out: Path = DEMO / "fashion_mnist", seed: int = 0) -> Non
             # Small row groups, so that a streaming reader can share the file between ranks and workers.
             Dataset.from_dict(rows, features=features).to_parquet(path, batch_size=500)
             size = path.stat().st_size
-            print(f"{path.name}: {len(chosen)} images, {per_class} of each class, {size:,} bytes")
+            print(f"{path.name}: {len(chosen)} images, {count} of each class, {size:,} bytes")
 
 
 # ---------------------------------------------------------------------------------------------- teacher

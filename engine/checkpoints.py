@@ -5,7 +5,7 @@ data), trainer.json (the step, and what a script adds) and SHA256SUMS of all of 
 """
 
 from engine.arguments import Mark
-from engine.errors import BAD_PICKLE, UserError, first_line, printable
+from engine.errors import BAD_PICKLE, UserError, first_line, printable, require
 from engine.files import publish, replace_files, write_text
 
 import errno
@@ -335,6 +335,17 @@ def whole_weights(model):
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def newest_weights(run_dir):
+    """The model's whole state_dict in a run folder's last checkpoint, on the host. Raises UserError."""
+    from safetensors.torch import load_file
+
+    checkpoint = next(reversed(checkpoints(run_dir)), None)
+    require(checkpoint is not None, f"{run_dir} holds no checkpoint: it is no run, or has not written one yet")
+    problem = damage(checkpoint)
+    require(problem is None, f"checkpoint {checkpoint} is damaged: {problem}")
+    return load_file(checkpoint / "model.safetensors")
 
 
 def fingerprint(state):

@@ -47,6 +47,18 @@ def dino_tokens(model, x, resized):
     return model(x).last_hidden_state
 
 
+def eager_attention(model, x, resized, block):
+    """Attention weights of one block, (B, heads, n, n): a model of transformers gives them where it writes the softmax
+    out."""
+    tower, before = getattr(model, "vision_model", model), model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    options = {} if model.config.model_type.startswith("dino") else {"interpolate_pos_encoding": resized}
+    try:
+        return tower(x, output_attentions=True, **options).attentions[block]
+    finally:
+        model.set_attn_implementation(before)
+
+
 @dataclass(frozen=True)
 class Kind:
     """A family of vision models."""
@@ -56,6 +68,7 @@ class Kind:
     mean: tuple = IMAGENET_MEAN
     """Of the input, where no image processor beside the model says so."""
     std: tuple = IMAGENET_STD
+    attention: Callable = eager_attention
 
 
 CLIP = Kind("clip", clip_tokens, CLIP_MEAN, CLIP_STD)
@@ -84,6 +97,7 @@ class Frozen(nn.Module):
         super().__init__()
         self.model, self.kind = model.eval().requires_grad_(False), kind.name
         self.tokens, self.own_size, self.image_size = kind.tokens, own_size, image_size or own_size
+        self.attention_of = kind.attention
         self.patch_size, self.dim, self.heads = patch_size, dim, heads
         self.mean, self.std = tuple(mean or kind.mean), tuple(std or kind.std)
         self.eval()
@@ -93,11 +107,24 @@ class Frozen(nn.Module):
 
     @torch.no_grad()
     def forward(self, pixels):
-        height, width = pixels.shape[-2:]
+        x = self.tokens(self.model, *self.seen(pixels))
+        return torch.cat([x[:, :1], x[:, -self.num_patches(pixels) :]], dim=1)           # (B, 1 + N, D)
+
+    @torch.no_grad()
+    def attention(self, pixels, block=-1):
+        """How much the class token attends to each patch in one of the blocks: (B, heads, N). What is left of the sum
+        of 1 goes to the class token itself, and to registers. Raises IndexError for a block that is not there."""
+        weights = self.attention_of(self.model, *self.seen(pixels), block)               # (B, heads, n, n)
+        return weights[:, :, 0, -self.num_patches(pixels) :].float()
+
+    def seen(self, pixels):
+        """Pixels (B, 3, H, W) as the model takes them, and whether they are not of its own size."""
         x = normalize(pixels, self.mean, self.std).to(next(self.parameters()).dtype)     # (B, 3, H, W)
-        x = self.tokens(self.model, x, (height, width) != (self.own_size, self.own_size))
-        patches = (height // self.patch_size) * (width // self.patch_size)               # N
-        return torch.cat([x[:, :1], x[:, -patches:]], dim=1)                             # (B, 1 + N, D)
+        return x, tuple(pixels.shape[-2:]) != (self.own_size, self.own_size)
+
+    def num_patches(self, pixels):
+        height, width = pixels.shape[-2:]
+        return (height // self.patch_size) * (width // self.patch_size)
 
 
 @torch.no_grad()

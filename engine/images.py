@@ -144,6 +144,16 @@ class RandomCrop:
         return self.crop.transform(image, box)
 
 
+def coverage(boxes, height, width):
+    """How many of the boxes (n, 4), integers top, left, height, width within the image, each pixel lies in: (H, W)."""
+    top, left, rows, columns = boxes.long().unbind(dim=1)
+    steps = torch.zeros(height + 1, width + 1, dtype=torch.int64)  # whose sums along both axes are the counts
+    bottom, right = top + rows, left + columns
+    for y, x, sign in ((top, left, 1), (top, right, -1), (bottom, left, -1), (bottom, right, 1)):
+        steps.index_put_((y, x), torch.full_like(y, sign), accumulate=True)
+    return steps.cumsum(dim=0).cumsum(dim=1)[:height, :width]
+
+
 def crop_and_flip(size, scale, flip, once=False):
     """What every view to learn from begins with: random resized crop and horizontal flip."""
     from torchvision.transforms import v2

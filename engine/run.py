@@ -590,22 +590,29 @@ class Run:
 
     def write_result(self, script, result):
         """result.json, with how it came about; returned. On the main process."""
-        result |= {
-            "processes": self.world,
-            "seconds": round(time.perf_counter() - self.began, 1),
-            "command": shlex.join([script, *sys.argv[1:]]),
-        }
-        write_text(self.folder / "result.json", json.dumps(result, indent=2))
-        return result
+        return write_result(self.folder, script, {**result, "processes": self.world}, self.began)
 
     def print_result(self, lines, result):
-        """The last lines: those of a table, the path of result.json and, where standard output is no terminal, the
-        same object on one line: scripts read it. On the main process."""
-        in_terminal = sys.stdout.isatty()
-        lines = [*lines, "", f"{self.folder / 'result.json'}{'' if in_terminal else ':'}"]
-        print(*map(printable, lines), sep="\n", flush=True)
-        if not in_terminal:
-            print(json.dumps(result), flush=True)
+        """The last lines of a script. On the main process."""
+        print_result(self.folder, lines, result)
+
+
+def write_result(folder, script, result, began):
+    """result.json of what a script has found since `began` (time.perf_counter's), with how it came about; returned.
+    Raises RunError."""
+    result |= {"seconds": round(time.perf_counter() - began, 1), "command": shlex.join([script, *sys.argv[1:]])}
+    write_text(folder / "result.json", json.dumps(result, indent=2))
+    return result
+
+
+def print_result(folder, lines, result):
+    """The last lines of a script: those of a table, the path of result.json and, where standard output is no terminal,
+    the same object on one line: scripts read it."""
+    in_terminal = sys.stdout.isatty()
+    lines = [*lines, "", f"{folder / 'result.json'}{'' if in_terminal else ':'}"]
+    print(*map(printable, lines), sep="\n", flush=True)
+    if not in_terminal:
+        print(json.dumps(result), flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------

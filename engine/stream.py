@@ -5,7 +5,7 @@ up to a batch of prepared images, fewer where a file could not be decoded or a p
 chunks to batches. Every chunk says at which position its worker stands "after" it.
 """
 
-from engine.arguments import ImagesArgs
+from engine.arguments import DataArgs, ImagesArgs
 from engine.errors import (
     STOP_SIGNALS,
     BadFilesError,
@@ -138,7 +138,7 @@ class ShardChunks(torch.utils.data.IterableDataset):
 
     def shards(self, epoch):
         """Numbers of the shards that this worker reads in a pass, in order."""
-        order = permutation(self.source.num_shards, self.seed, epoch)
+        order = permutation(self.source.num_shards, self.seed, epoch)[: self.source.most_shards]
         return order[self.rank :: self.world][self.worker :: self.workers].tolist()
 
     def rows(self, shard, row):
@@ -325,6 +325,13 @@ def one_pass(source, view, batch_size, workers, rank=0, world=1):
     reader = ChunkReader(source, view, ImagesArgs(batch_size=batch_size, workers=workers), None, rank, world)
     while (chunk := reader.next_chunk()) is not None:
         yield chunk
+
+
+def sample(source, view, count, seed, workers=0):
+    """So many images drawn at random (all, if there are fewer), as a batch of a Stream: the same for the same seed.
+    Raises what ChunkReader.next_chunk raises."""
+    count = min(count, source.num_images or count)
+    return next(Stream(source, view, DataArgs(batch_size=count, workers=workers, parts=1), seed))
 
 
 def join(pieces):

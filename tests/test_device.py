@@ -192,7 +192,7 @@ def test_segmentation(flags):
 
 def frozen(kind, folder):
     if kind == "cae":
-        return probe.of_cae(CAE(CAEConfig.from_size("nano")))
+        return probe.frozen_cae(CAE(CAEConfig.from_size("nano")))
     if kind == "clip":
         return load_frozen(CLIP, "--checkpoint")
     to_beit(CAE(CAEConfig.from_size("nano"))).save_pretrained(folder)
@@ -382,7 +382,7 @@ FLAGS = ["--dataset", "demo", "--workers", "0", "--steps", "4", "--batch-size", 
 
 @pytest.mark.parametrize("flags", [[], ["--method", "cae"]], ids=str)
 def test_a_step_of_pretraining(flags, monkeypatch, tmp_path):
-    args = parse(train.Args, [*FLAGS, *flags, "--run-dir", str(tmp_path)])
+    args = parse(train.Args, [*FLAGS, *flags, "--probe-every", "0", "--run-dir", str(tmp_path)])
     take_steps(monkeypatch, lambda: train.train(args))
 
 

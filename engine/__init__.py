@@ -22,8 +22,9 @@ def _end(number, frame):
 
 # Libraries take seconds to import. A signal ends a script of ours there with a line: an exception would be swallowed by
 # some, and a long traceback in others. engine/errors.py takes over from here; whoever imports this has their own way.
-_script = os.path.realpath(getattr(sys.modules["__main__"], "__file__", None) or "")
-if os.path.dirname(_script) == os.path.dirname(os.path.dirname(os.path.realpath(__file__))):
+_script = getattr(sys.modules["__main__"], "__file__", None)
+_root = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+if _script and os.path.dirname(os.path.realpath(_script)) == _root:  # a notebook has none
     for _number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         if signal.getsignal(_number) != signal.SIG_IGN:
             signal.signal(_number, _end)

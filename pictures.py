@@ -84,16 +84,25 @@ class PictureData(ImagesArgs):
     """Folder of pictures to show, in the order of their names, instead of a data set."""
     count: AutoInt = None
     """Pictures in the figure. Default: 8; masks and attention 4."""
+    batch_size: AutoInt = None
+    """Images per forward pass. Default: 64."""
 
 
 @dataclass
-class DrawArgs(DeviceArgs):
-    """Where to, and on what."""
+class FileArgs:
+    """Where to."""
 
     run_dir: AutoStr = None
     """Run folder, of result.json and the figure. Default: one in runs/, named after what is drawn."""
     output: AutoStr = None
     """File of the figure: .png, .svg or .pdf. Default: one in the run folder; curves and sweep write .png and .svg."""
+    seed: int = 0
+    """Seed of everything random."""
+
+
+@dataclass
+class DrawArgs(FileArgs, DeviceArgs):
+    """Where to, and on what."""
 
 
 @dataclass
@@ -127,7 +136,7 @@ class Masks:
 
     data: PictureData = field(default_factory=PictureData)
     model: Grid = field(default_factory=Grid)
-    run: DrawArgs = field(default_factory=DrawArgs)
+    run: FileArgs = field(default_factory=FileArgs)
 
 
 @dataclass
@@ -244,7 +253,7 @@ class Crops:
         """Crops and masks that are drawn."""
 
     target: Views = field(default_factory=Views)
-    run: DrawArgs = field(default_factory=DrawArgs)
+    run: FileArgs = field(default_factory=FileArgs)
 
 
 @dataclass
@@ -261,7 +270,7 @@ class Curves:
         """What the curves are drawn against."""
 
     choice: Which = field(default_factory=Which)
-    run: DrawArgs = field(default_factory=DrawArgs)
+    run: FileArgs = field(default_factory=FileArgs)
 
 
 @dataclass
@@ -284,7 +293,7 @@ class Sweep:
         """knn, linear, attentive, ep, classify, ... Default: the one that there is."""
 
     choice: Which = field(default_factory=Which)
-    run: DrawArgs = field(default_factory=DrawArgs)
+    run: FileArgs = field(default_factory=FileArgs)
 
 
 KINDS = {"masks": Masks, "reconstruct": Reconstruct, "attention": Attention, "embedding": Embedding,
@@ -296,6 +305,7 @@ KINDS = {"masks": Masks, "reconstruct": Reconstruct, "attention": Attention, "em
 
 def open_pictures(data):
     """PictureData -> Source, with classes where the data have labels; fills in what is None. Raises UserError."""
+    fill(data, "batch_size", 64)
     if data.images is not None:
         require(Path(data.images).expanduser().is_dir(), f"--images {data.images} is no folder: name one with pictures")
         data.dataset, data.streaming = data.images, False
@@ -324,8 +334,8 @@ def pictures(data, size, count, seed):
     return batch["images"], batch.get("labels"), source.classes
 
 
-def device_of(args):
-    """Accelerator of a script in one process, whose device is used. Raises UserError."""
+def accelerator_of(args):
+    """Device and autocast of a script in one process. Raises UserError."""
     return make_accelerator(args.run, args.data)[0]
 
 
@@ -536,7 +546,8 @@ def reconstruct(args):
                 f"--checkpoint {checkpoint} has another grid of patches than the first: draw it by itself")
     fill(data, "count", 8)
     require_positive(choice, "measured")
-    device = device_of(args).device
+    accelerator = accelerator_of(args)
+    device = accelerator.device
     wanted = max(data.count, choice.measured)
     images = pictures(data, config.image_size, wanted, args.run.seed)[0]                 # (B, 3, S, S)
     flags = [flags_of_run(checkpoint) for checkpoint in choice.checkpoint]
@@ -547,9 +558,10 @@ def reconstruct(args):
         if args.run.compile:
             model.encoder.compile()
         parts, errors = [], {"regressed": 0.0, "encoded": 0.0}
-        for batch in zip(images.split(64), *(part.split(64) for part in index), strict=True):
+        for batch in zip(*(part.split(data.batch_size) for part in (images, *index)), strict=True):
             pixels, visible, masked = (part.to(device) for part in batch)
-            shown, error = reconstructed(model, pixels / 255, visible, masked, normalized)
+            with accelerator.autocast():
+                shown, error = reconstructed(model, pixels / 255, visible, masked, normalized)
             parts.append({name: picture.cpu() for name, picture in shown.items()})
             errors = {name: total + error[name] * len(pixels) / len(images) for name, total in errors.items()}
         decibels = {name: round(psnr(error), 2) for name, error in errors.items()}
@@ -625,13 +637,13 @@ def attention(args):
             f"--image-size {size} is not divisible by the encoder's patch of {patch} pixels")  # fmt: skip
     probe = open_probe(choice.probe, encoder) if choice.probe else None
     fill(data, "count", 4)
-    device = device_of(args).device
+    device = accelerator_of(args).device
     encoder = encoder.to(device)
     if args.run.compile:
         encoder.compile()
     images = pictures(data, size, data.count, args.run.seed)[0].to(device) / 255         # (B, 3, S, S)
     try:
-        heads = encoder.attention(images, choice.block)                                  # (B, heads, N)
+        heads = encoder.attention(images, choice.block)                                  # (B, heads, N), in float32
     except IndexError as error:
         raise UserError(f"--block {choice.block} does not exist: blocks are counted from 0, -1 is the last") from error
     columns = [("mean of\nheads", heads.mean(dim=1)), *((f"head {i}", heads[:, i]) for i in range(heads.shape[1]))]
@@ -674,9 +686,14 @@ def open_frozen(checkpoint, random_init, seed):
 
 
 @torch.no_grad()
-def encode(encoder, images, device, select):
+def encode(encoder, images, accelerator, batch_size, select):
     """select(tokens (b, 1 + N, D)), float32 on the host, of all uint8 images (B, 3, S, S), batch by batch."""
-    return torch.cat([select(encoder(batch.to(device) / 255).float()).cpu() for batch in images.split(64)])
+    parts = []
+    for batch in images.split(batch_size):
+        with accelerator.autocast():
+            tokens = encoder(batch.to(accelerator.device) / 255)                         # (b, 1 + N, D)
+        parts.append(select(tokens.float()).cpu())
+    return torch.cat(parts)
 
 
 def principal_components(x, count):
@@ -713,9 +730,9 @@ def embedding(args):
     require_positive(choice, "classes")
     require(choice.points >= 4, f"--points {choice.points} is too few: at least four are needed")
     fill(data, "count", 8)
-    device, panels, strips, found = device_of(args).device, [], [], []
+    accelerator, panels, strips, found = accelerator_of(args), [], [], []
     for checkpoint, random_init in origins:
-        encoder = open_frozen(checkpoint, random_init, args.run.seed).to(device)
+        encoder = open_frozen(checkpoint, random_init, args.run.seed).to(accelerator.device)
         if args.run.compile:
             encoder.compile()
         name = short_name(checkpoint) if checkpoint else f"random weights, {short_name(random_init)}"
@@ -723,9 +740,9 @@ def embedding(args):
         images, labels, classes = pictures(data, encoder.image_size, wanted, args.run.seed)
         require(len(images) >= 4, f"{data.dataset} holds {len(images)} pictures: at least four are needed")
         of_image = {"class": lambda tokens: tokens[:, 0], "mean": lambda tokens: tokens[:, 1:].mean(dim=1)}[choice.pool]
-        features = encode(encoder, images[: choice.points], device, of_image)            # (n, D)
+        features = encode(encoder, images[: choice.points], accelerator, data.batch_size, of_image)  # (n, D)
         few = images[: data.count]
-        patches = encode(encoder, few, device, lambda tokens: tokens[:, 1:])             # (B, N, D)
+        patches = encode(encoder, few, accelerator, data.batch_size, lambda tokens: tokens[:, 1:])  # (B, N, D)
         colours = as_colours(principal_components(patches.flatten(0, 1), 3))             # (B N, 3)
         grid = (encoder.image_size // encoder.patch_size,) * 2
         points = project(features, choice.projection, args.run.seed)                     # (n, 2)
@@ -809,16 +826,18 @@ def targets(args):
             f"{config.target_dim}: pass the teacher of its training")  # fmt: skip
     fill(data, "count", 8)
     require_positive(choice, "measured")
-    device = device_of(args).device
+    accelerator = accelerator_of(args)
+    device = accelerator.device
     model, teacher = model.to(device), teacher.to(device)
     if args.run.compile:
         model.encoder.compile()
     images = pictures(data, config.image_size, max(data.count, choice.measured), args.run.seed)[0]
     index = draw_masks(args, config, len(images), flags)                                 # (B, Nv), (B, Nm)
     of_class, of_patches = [], []
-    for batch in zip(images.split(64), *(part.split(64) for part in index), strict=True):
+    for batch in zip(*(part.split(data.batch_size) for part in (images, *index)), strict=True):
         pixels, visible, masked = (part.to(device) for part in batch)
-        one, all_patches = cosines(model, teacher, pixels / 255, visible, masked)
+        with accelerator.autocast():
+            one, all_patches = cosines(model, teacher, pixels / 255, visible, masked)
         of_class.append(one.cpu())
         of_patches.append(all_patches.cpu())
     of_class, of_patches = torch.cat(of_class), torch.cat(of_patches)                    # (B), (B, N)
@@ -993,7 +1012,7 @@ def curves(args):
     choice = args.choice
     require(choice.runs, "name run folders: pictures.py curves runs/a runs/b")
     found = curves_of(choice.runs, choice.x)
-    require(found, f"the logs of {', '.join(choice.runs)} have nothing with a number of {choice.x}s: try --x step")
+    require(found, f"the logs of {', '.join(choice.runs)} have nothing to draw against {choice.x}: try --x step")
     parts = [quantity for quantity in found if quantity in PARTS]
     found = {name: found[name] for name in sorted(found, key=lambda name: (name != "loss", name not in PARTS))}
     last = {quantity: {run: ys[-1] for run, (_, ys) in of.items()} for quantity, of in found.items()}
@@ -1191,7 +1210,7 @@ def draw(task, args):
 
 ESSENTIALS = """
 essentials:
-  --checkpoint CHECKPOINT     run folder, model/ folder, id of the Hub, released .pth (not masks, crops)
+  --checkpoint CHECKPOINT     run folder, model/, id of the Hub, released .pth (not masks, crops, curves, sweep)
   --dataset DATA              images: an id of the Hub, a folder, a .parquet or .tar file, or demo
   --images FOLDER             or pictures of your own, in the order of their names
   --count N                   pictures in the figure

@@ -10,6 +10,7 @@ import re
 from functools import cache
 from importlib import import_module
 from itertools import pairwise
+from textwrap import dedent
 
 getsource = cache(inspect.getsource)  # it parses a whole file for each class
 
@@ -51,10 +52,11 @@ def assert_documented(command, help_text):
         assert f"{name} options" in help_text
         documented = set()
         for kind in group.__mro__[:-1]:
-            (body,) = (node.body for node in ast.parse(getsource(kind)).body)
+            (body,) = (node.body for node in ast.parse(dedent(getsource(kind))).body)  # of a class within another, too
             pairs = pairwise(body)
             documented |= {a.target.id for a, b in pairs if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr)}
         for field in flags_of(group):
-            assert f"--{field.name.replace('_', '-')}" in help_text
+            positional = f"{field.name.removesuffix('s').upper()} ["  # RUN [RUN ...]
+            assert f"--{field.name.replace('_', '-')}" in help_text or positional in help_text
             assert field.name in documented, field.name
     assert "None" not in help_text, "what None stands for is said in words"

@@ -58,6 +58,11 @@ def random_mask(batch, grid, num_masked, *, generator=None):
     return order[:, num_masked:].sort(dim=1).values, order[:, :num_masked].sort(dim=1).values
 
 
+def count_masked(ratio, num_patches):
+    """ceil(ratio * N), so 0.15 of 196 is 30."""
+    return math.ceil(ratio * num_patches - 1e-9)
+
+
 def _check_mask(grid, num_masked):
     rows, columns = grid
     if not 0 < num_masked < rows * columns:

@@ -34,7 +34,7 @@ from engine.files import publish
 from engine.frozen import load_frozen
 from engine.images import CenterCrop, RandomCrop, coverage, normalize, resize
 from engine.run import make_accelerator, print_result, write_result
-from engine.sources import open_source, open_splits
+from engine.sources import open_source, open_splits, with_first_classes
 from engine.stream import one_pass, sample
 
 import json
@@ -58,6 +58,7 @@ from cae import (
     CrossAttention,
     attention_weights,
     block_mask,
+    count_masked,
     patchify,
     random_mask,
     take,
@@ -71,6 +72,9 @@ from convert import frozen_cae, load_model, open_encoder, weights_of
 Strs = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 SizeOrRun = Annotated[str | None, tyro.conf.arg(metavar="|".join([*SIZES, "RUN"]), help_behavior_hint="")]
+BlockOrRandom = Annotated[
+    Literal["block", "random"] | None, tyro.conf.arg(metavar="block|random", help_behavior_hint="")
+]
 Floats = Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")]
 
 
@@ -107,14 +111,14 @@ class DrawArgs(FileArgs, DeviceArgs):
 
 @dataclass
 class MaskArgs:
-    """How patches are masked. Defaults are those of the run that a checkpoint comes from."""
+    """How patches are masked."""
 
-    mask: Literal["block", "random"] = "block"
-    """Block-wise or uniformly random masks."""
+    mask: BlockOrRandom = None
+    """Block-wise or uniformly random masks. Default: the run's, otherwise block."""
     mask_ratio: AutoFloat = None
     """Masked share of the patches. Default: the run's, otherwise 0.5."""
     min_block: AutoInt = None
-    """Smallest area of a masked block, in patches. Default: 16; 4 of up to 7 x 7 patches."""
+    """Smallest area of a masked block, in patches. Default: the run's, otherwise 16; 4 of up to 7 x 7 patches."""
 
 
 @dataclass
@@ -296,42 +300,56 @@ class Sweep:
     run: FileArgs = field(default_factory=FileArgs)
 
 
-KINDS = {"masks": Masks, "reconstruct": Reconstruct, "attention": Attention, "embedding": Embedding,
-         "targets": Targets, "crops": Crops, "curves": Curves, "sweep": Sweep}  # fmt: skip
-
 # ----------------------------------------------------------------------------------------------------------------
 # Images, models, and what all figures have in common.
 
 
-def open_pictures(data):
-    """PictureData -> Source, with classes where the data have labels; fills in what is None. Raises UserError."""
+def open_pictures(data, labelled=False):
+    """PictureData -> Source; with classes if it is to be `labelled` and can be. Fills in what is None. Raises
+    UserError."""
     fill(data, "batch_size", 64)
     if data.images is not None:
-        require(Path(data.images).expanduser().is_dir(), f"--images {data.images} is no folder: name one with pictures")
         data.dataset, data.streaming = data.images, False
     resolve_images(data)
+    if data.val_fraction is not None:  # what all scripts hold out of this one
+        fill(data, "split", "train")
     if data.split is None:
         splits = list(open_splits(data.dataset, data.patience))
         data.split = next((name for name in ("validation", "val", "valid", "test") if name in splits), splits[0])
     held_out = data.val_fraction is not None
     source = open_source(data, held_out=held_out)
     try:
-        return open_source(data, labelled=True, held_out=held_out) if source.label_column else source
+        return open_source(data, labelled=True, held_out=held_out) if labelled and source.label_column else source
     except UserError:  # labels of another kind
         return source
 
 
-def pictures(data, size, count, seed):
+MOST_DRAWN = 5000  # images of a stream, to find those of some classes: at 224 pixels 0.7 GB
+
+
+def pictures(data, size, count, seed, classes=None):
     """uint8 images (n, 3, S, S), of which n may be less than asked for; their labels (n) or None; names of the classes
-    or None. Of a data set they are drawn at random, of --images the first by name. Raises UserError."""
-    source, view = open_pictures(data), CenterCrop(size, 1.0)
+    or None. Of a data set they are drawn at random, of --images the first by name. With `classes` labels are read,
+    where there are any, and images drawn at random, of the first so many classes. Raises UserError."""
+    source, view = open_pictures(data, classes is not None), CenterCrop(size, 1.0)
     workers = data.workers if count > 64 else 0  # to start them would take longer
-    if data.images is None:
-        batch = sample(source, view, count, seed, workers)
+    drawn = count
+    if source.classes:
+        source = with_first_classes(source, classes)
+        if source.streaming:  # others are passed over
+            drawn = max(count, min(MOST_DRAWN, math.ceil(count * len(source.classes) / classes)))
+    if data.images is None or classes is not None:
+        batch = sample(source, view, drawn, seed, workers)
     else:
         batch = next(one_pass(source, view, count, workers))
+    if source.classes:  # of a stream's others, too
+        chosen = (batch["labels"] < classes).nonzero()[:count, 0]
+        batch = {name: batch[name][chosen] for name in ("images", "labels", "ids")}
+    if data.images is not None and classes is not None:
+        order = batch["ids"][:, 1].argsort()
+        batch = {name: batch[name][order] for name in batch.keys() & {"images", "labels"}}
     require(len(batch["images"]), f"{data.dataset} holds no picture that can be read")
-    return batch["images"], batch.get("labels"), source.classes
+    return batch["images"], batch.get("labels"), source.classes and source.classes[:classes]
 
 
 def accelerator_of(args):
@@ -356,15 +374,21 @@ def flags_of_run(checkpoint):
     return config_of_run(folder.parent if folder.name == "model" else folder).get("args", {}) if folder.is_dir() else {}
 
 
-def draw_masks(args, config, count, flags):
-    """visible (count, Nv) and masked (count, Nm), by MaskArgs or, where they are None, the flags of a run."""
-    target = args.target
+def resolve_masks(target, config, flags):
+    """Fill in MaskArgs by the flags of a run; the number of masked patches. Raises UserError."""
+    fill(target, "mask", flags.get("mask", "block"))
     fill(target, "mask_ratio", flags.get("mask_ratio", 0.5))
     fill(target, "min_block", flags.get("min_block") or smallest_block(config.grid))
-    masked = math.ceil(target.mask_ratio * config.num_patches - 1e-9)
+    masked = count_masked(target.mask_ratio, config.num_patches)
     require(0 < target.mask_ratio < 1 and 0 < masked < config.num_patches,
             f"--mask-ratio {target.mask_ratio} masks {masked} of {config.num_patches} patches")  # fmt: skip
     require_positive(target, "min_block")
+    return masked
+
+
+def draw_masks(args, config, count, masked):
+    """visible (count, Nv) and masked (count, Nm), by MaskArgs in which nothing is None."""
+    target = args.target
     generator = torch.Generator().manual_seed(args.run.seed)
     if target.mask == "random":
         return random_mask(count, config.grid, masked, generator=generator)
@@ -469,7 +493,7 @@ def masks(args):
             f"--image-size {model.image_size} is not divisible by --patch-size {model.patch_size}")  # fmt: skip
     grid = (model.image_size // model.patch_size,) * 2
     fill(model, "min_block", smallest_block(grid))
-    counts = {ratio: math.ceil(ratio * grid[0] * grid[1] - 1e-9) for ratio in model.mask_ratio}
+    counts = {ratio: count_masked(ratio, grid[0] * grid[1]) for ratio in model.mask_ratio}
     for ratio, masked in counts.items():
         require(0 < masked < grid[0] * grid[1],
                 f"--mask-ratio {ratio} masks {masked} of {grid[0] * grid[1]} patches: one must be masked, one visible")
@@ -546,12 +570,16 @@ def reconstruct(args):
                 f"--checkpoint {checkpoint} has another grid of patches than the first: draw it by itself")
     fill(data, "count", 8)
     require_positive(choice, "measured")
+    flags = [flags_of_run(checkpoint) for checkpoint in choice.checkpoint]
+    masked = resolve_masks(args.target, config, flags[0])
     accelerator = accelerator_of(args)
     device = accelerator.device
     wanted = max(data.count, choice.measured)
     images = pictures(data, config.image_size, wanted, args.run.seed)[0]                 # (B, 3, S, S)
-    flags = [flags_of_run(checkpoint) for checkpoint in choice.checkpoint]
-    index = draw_masks(args, config, len(images), flags[0])                              # (B, Nv), (B, Nm)
+    index = draw_masks(args, config, len(images), masked)                                # (B, Nv), (B, Nm)
+    weights = [model.config.align_weight for model in models]
+    titles = {checkpoint: f"λ = {weight:g}" if weights.count(weight) == 1 else short_name(checkpoint)
+              for checkpoint, weight in zip(choice.checkpoint, weights, strict=True)}  # fmt: skip
     columns, found, lines = [], [], [f"{'PSNR in dB, ' + str(len(images)) + ' images':44}{'masked':>8}{'encoded':>9}"]
     for checkpoint, model, flag in zip(choice.checkpoint, models, flags, strict=True):
         model, normalized = model.to(device), flag.get("normalize_pixels", False)
@@ -569,10 +597,11 @@ def reconstruct(args):
                       "normalize_pixels": normalized, "psnr": decibels})  # fmt: skip
         lines.append(f"{short_name(checkpoint):44}{decibels['regressed']:8.2f}{decibels['encoded']:9.2f}")
         shown = {name: torch.cat([part[name] for part in parts])[: data.count] for name in parts[0]}
-        columns.append((f"λ = {model.config.align_weight:g}", shown, decibels))
+        columns.append((titles[checkpoint], shown, decibels))
     images, masked = images[: data.count] / 255, index[1][: data.count]
     figure = draw_reconstructions(images, masked, config.patch_size, columns)
-    result = {"models": found, "mask_ratio": args.target.mask_ratio, "masked": masked.shape[1], "images": data.count,
+    result = {"models": found, "mask": args.target.mask, "mask_ratio": args.target.mask_ratio,
+              "masked": masked.shape[1], "images": len(images),
               "measured": sum(len(part["encoded"]) for part in parts)}  # fmt: skip
     return figure, result, lines
 
@@ -612,16 +641,25 @@ def query_attention(weights, tokens, heads):
     return attention_weights(q.expand(len(tokens), -1, -1, -1), k)[:, :, 0]              # (B, heads, n)
 
 
-def open_probe(folder, encoder):
-    """The parameters of the first head of an attentive probe on this encoder (the recipe's own), and whether it attends
-    to the class token as well. Raises UserError."""
+@dataclass
+class Query:
+    """An attentive probe's first head, which is the recipe's own."""
+
+    weights: dict
+    """Its parameters by name."""
+    with_class: bool
+    """Whether it attends to the class token as well."""
+
+
+def open_probe(folder, encoder, device):
+    """The Query of a run folder of probe.py attentive on this encoder. Raises UserError."""
     flags = config_of_run(folder).get("args", {})
     require(flags.get("task") in ("attentive", "ep"), f"--probe {folder} is no run folder of probe.py attentive")
     require(flags.get("weights") == weights_of(encoder),
             f"--probe {folder} was trained on {flags.get('checkpoint') or flags.get('random_init')}, whose weights are "
             "others: pass that --checkpoint, or another probe")  # fmt: skip
-    weights = {name.removeprefix("0."): w for name, w in newest_weights(folder).items() if name.startswith("0.")}
-    return weights, flags.get("tokens") == "all"
+    weights = {name.removeprefix("0."): w.to(device) for name, w in newest_weights(folder).items() if name[:2] == "0."}
+    return Query(weights, flags.get("tokens") == "all")
 
 
 @torch.no_grad()
@@ -635,30 +673,32 @@ def attention(args):
     size, patch = choice.image_size, encoder.patch_size
     require(size > 0 and size % patch == 0,
             f"--image-size {size} is not divisible by the encoder's patch of {patch} pixels")  # fmt: skip
-    probe = open_probe(choice.probe, encoder) if choice.probe else None
-    fill(data, "count", 4)
     device = accelerator_of(args).device
+    probe = open_probe(choice.probe, encoder, device) if choice.probe else None
+    fill(data, "count", 4)
     encoder = encoder.to(device)
     if args.run.compile:
         encoder.compile()
-    images = pictures(data, size, data.count, args.run.seed)[0].to(device) / 255         # (B, 3, S, S)
-    try:
-        heads = encoder.attention(images, choice.block)                                  # (B, heads, N), in float32
-    except IndexError as error:
-        raise UserError(f"--block {choice.block} does not exist: blocks are counted from 0, -1 is the last") from error
+    images = pictures(data, size, data.count, args.run.seed)[0] / 255                    # (B, 3, S, S)
+    heads, looks = [], []
+    for batch in images.to(device).split(min(data.batch_size, 4)):  # some models give all blocks' attention at once
+        try:
+            heads.append(encoder.attention(batch, choice.block))                         # (b, heads, N), in float32
+        except IndexError as error:
+            raise UserError(f"--block {choice.block} does not exist: blocks are counted from 0") from error
+        if probe:
+            tokens = encoder(batch).float()[:, 0 if probe.with_class else 1 :]           # (b, N or 1 + N, D)
+            maps = query_attention(probe.weights, tokens, encoder.heads)                 # (b, maps, N or 1 + N)
+            looks.append(maps[:, :, -heads[-1].shape[2] :].mean(dim=1))                  # (b, N)
+    heads = torch.cat(heads)                                                             # (B, heads, N)
     columns = [("mean of\nheads", heads.mean(dim=1)), *((f"head {i}", heads[:, i]) for i in range(heads.shape[1]))]
     found = {"block": choice.block, "heads": heads.shape[1], "to_patches": round(heads.sum(dim=-1).mean().item(), 4)}
     if probe:
-        weights, with_class = probe
-        tokens = encoder(images).float()                                                 # (B, 1 + N, D)
-        weights = {name: w.to(device) for name, w in weights.items()}
-        looks = query_attention(weights, tokens if with_class else tokens[:, 1:], encoder.heads)
-        looks = looks[:, :, -heads.shape[2] :].mean(dim=1)                               # (B, N)
-        columns.insert(1, ("attentive\nprobe", looks))
+        columns.insert(1, ("attentive\nprobe", torch.cat(looks)))
         found["probe"] = choice.probe
     lines = [f"block {choice.block}, {heads.shape[1]} heads: {found['to_patches']:.1%} of the class token's attention "
-             "goes to the patches, the rest to itself"]  # fmt: skip
-    return draw_attention(images.cpu(), columns, (size // patch,) * 2), {**found, "images": len(images)}, lines
+             "goes to the patches, the rest to itself and to registers, if there are any"]  # fmt: skip
+    return draw_attention(images, columns, (size // patch,) * 2), {**found, "images": len(images)}, lines
 
 
 def draw_attention(images, columns, grid):
@@ -737,8 +777,8 @@ def embedding(args):
             encoder.compile()
         name = short_name(checkpoint) if checkpoint else f"random weights, {short_name(random_init)}"
         wanted = max(choice.points, data.count)
-        images, labels, classes = pictures(data, encoder.image_size, wanted, args.run.seed)
-        require(len(images) >= 4, f"{data.dataset} holds {len(images)} pictures: at least four are needed")
+        images, labels, classes = pictures(data, encoder.image_size, wanted, args.run.seed, choice.classes)
+        require(len(images) >= 4, f"{data.dataset} holds {len(images)} pictures to show: at least four are needed")
         of_image = {"class": lambda tokens: tokens[:, 0], "mean": lambda tokens: tokens[:, 1:].mean(dim=1)}[choice.pool]
         features = encode(encoder, images[: choice.points], accelerator, data.batch_size, of_image)  # (n, D)
         few = images[: data.count]
@@ -746,18 +786,14 @@ def embedding(args):
         colours = as_colours(principal_components(patches.flatten(0, 1), 3))             # (B N, 3)
         grid = (encoder.image_size // encoder.patch_size,) * 2
         points = project(features, choice.projection, args.run.seed)                     # (n, 2)
-        if labels is not None:
-            labels = labels[: len(points)]
-            shown = labels < choice.classes
-            points, labels = points[shown], labels[shown]
+        labels = None if labels is None else labels[: len(points)]
         panels.append((name, points, labels))
         strips.append((name, few / 255, colours.view(len(few), *grid, 3)))
         found.append({"encoder": checkpoint or f"random init {random_init}", "points": len(points)})
-        if labels is not None and len(points) > 1:
+        if labels is not None:
             nearest = torch.cdist(points, points).fill_diagonal_(math.inf).argmin(dim=1)
             found[-1]["same_class"] = round(100 * (labels[nearest] == labels).double().mean().item(), 2)
     what = {"tsne": "t-SNE", "pca": "principal components"}[choice.projection]
-    classes = classes and classes[: choice.classes]
     result = {"projection": choice.projection, "pool": choice.pool, "encoders": found, "classes": classes}
     lines = [f"{of['encoder']}: the nearest point is of the same class for {of['same_class']:.1f} % of {of['points']}"
              for of in found if "same_class" in of]  # fmt: skip
@@ -780,7 +816,7 @@ def draw_embedding(panels, strips, classes, what):
             groups = [(name, labels == number) for number, name in enumerate(classes)]
         for number, (name, chosen) in enumerate(groups):
             axis.scatter(*points[chosen].T, s=11, color=CLASS_COLOURS[number % len(CLASS_COLOURS)], linewidths=0,
-                         marker=MARKERS[number % len(MARKERS)], label=name, alpha=0.8)  # fmt: skip
+                         marker=MARKERS[(number + number // 10) % 10], label=name, alpha=0.8)  # fmt: skip
     axes[0].set_ylabel(what)
     if classes:
         above.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", markerscale=2, fontsize=9)
@@ -818,6 +854,7 @@ def targets(args):
     data, choice = args.data, args.encoder
     model = load_cae(choice.checkpoint, "cae-v2", "a run folder of train.py, of CAE v2,")
     config, flags = model.config, flags_of_run(choice.checkpoint)
+    masked = resolve_masks(args.target, config, flags)
     fill(choice, "teacher", flags.get("teacher") or "openai/clip-vit-base-patch16")
     teacher = load_frozen(choice.teacher, "--teacher", ("clip_vision_model", "clip"), projection=True)
     width = teacher.model.visual_projection.out_features
@@ -832,7 +869,7 @@ def targets(args):
     if args.run.compile:
         model.encoder.compile()
     images = pictures(data, config.image_size, max(data.count, choice.measured), args.run.seed)[0]
-    index = draw_masks(args, config, len(images), flags)                                 # (B, Nv), (B, Nm)
+    index = draw_masks(args, config, len(images), masked)                                # (B, Nv), (B, Nm)
     of_class, of_patches = [], []
     for batch in zip(*(part.split(data.batch_size) for part in (images, *index)), strict=True):
         pixels, visible, masked = (part.to(device) for part in batch)
@@ -845,12 +882,15 @@ def targets(args):
     means = {name: round(of.mean().item(), 4)
              for name, of in (("class", of_class), ("visible", of_visible), ("masked", of_masked))}  # fmt: skip
     result = {"checkpoint": choice.checkpoint, "teacher": choice.teacher, "supervise": config.supervise,
-              "mask_ratio": args.target.mask_ratio, "masked": index[1].shape[1], "cosine": means,
+              "mask": args.target.mask, "mask_ratio": args.target.mask_ratio, "masked": index[1].shape[1],
+              "cosine": means,
               "measured": len(images)}  # fmt: skip
     lines = [f"mean cosine to CLIP's latents, {len(images)} images:  class token {means['class']:.3f}  visible patches "
              f"{means['visible']:.3f}  masked patches {means['masked']:.3f}"]  # fmt: skip
     if config.supervise == "visible":
         lines.append("(trained with --supervise visible: nothing has taught the regressor, which makes the masked)")
+    if config.supervise == "masked":
+        lines.append("(trained with --supervise masked: class token and visible patches have had no target)")
     few = slice(data.count)
     return draw_targets(images[few] / 255, index[1][few], of_patches[few], config, means), result, lines
 
@@ -890,7 +930,7 @@ def frequencies(asked, seed):
     crop, image = RandomCrop(224, asked.crop_scale), torch.empty(3, height, width, device="meta")
     drawn = [crop.box(image) for _ in range(asked.draws)]
     boxes = torch.tensor([[box[name] for name in ("top", "left", "height", "width")] for box in drawn])
-    count = math.ceil(asked.mask_ratio * grid**2 - 1e-9)
+    count = count_masked(asked.mask_ratio, grid**2)
     generator = torch.Generator().manual_seed(seed)
     blocks = block_mask(asked.draws, (grid, grid), count, min_block=asked.min_block, generator=generator)[1]
     randoms = random_mask(asked.draws, (grid, grid), count, generator=generator)[1]      # (draws, Nm)
@@ -918,7 +958,7 @@ def crops(args):
     require_positive(asked, "height", "width", "grid", "min_block", "draws")
     low, high = asked.crop_scale
     require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
-    count = math.ceil(asked.mask_ratio * asked.grid**2 - 1e-9)
+    count = count_masked(asked.mask_ratio, asked.grid**2)
     require(0 < asked.mask_ratio < 1 and 0 < count < asked.grid**2,
             f"--mask-ratio {asked.mask_ratio} masks {count} of {asked.grid**2} patches")  # fmt: skip
     maps = frequencies(asked, args.run.seed)
@@ -958,7 +998,7 @@ def draw_crops(maps):
 # ----------------------------------------------------------------------------------------------------------------
 # Curves and sweep: of runs, without a model.
 
-PANELS = {  # by the names of log.jsonl: what is drawn by itself; what begins with loss_ has a panel, too
+PANELS = {  # by the names of log.jsonl
     "loss": "loss",
     "knn_top1": "kNN top-1, %",
     "top1": "top-1, %",
@@ -995,14 +1035,17 @@ def read_log(folder):
 
 def curves_of(runs, x):
     """{quantity: {run's name: (xs, ys)}} of what the runs have logged, without what is not finite. Raises UserError."""
-    found = {}
+    found, names = {}, set()
     for run in runs:
-        folder, _, name = run.partition("=")
+        folder, name = (run, "") if Path(run).expanduser().is_dir() else run.rpartition("=")[::2]
+        name = name or short_name(folder)
+        require(name not in names, f"two runs are called {name}: give RUN=NAME")
+        names.add(name)
         for line in read_log(folder):
             for quantity in (*PANELS, *PARTS):
                 value = line.get(quantity)
                 if isinstance(value, (int, float)) and math.isfinite(value) and line.get(x) is not None:
-                    xs, ys = found.setdefault(quantity, {}).setdefault(name or short_name(folder), ([], []))
+                    xs, ys = found.setdefault(quantity, {}).setdefault(name, ([], []))
                     xs.append(line[x])
                     ys.append(value)
     return {quantity: found[quantity] for quantity in (*PARTS, *PANELS) if quantity in found}
@@ -1037,8 +1080,9 @@ def draw_curves(found, names, x):
         for run, (xs, ys) in of.items():
             number = names.index(run)
             colour, marker = COLOURS[number % len(COLOURS)], MARKERS[number % len(MARKERS)]
-            axis.plot([value / unit for value in xs], ys, color=colour, linewidth=1.4, label=run,
-                      marker=marker if len(xs) < 40 else None, markersize=3)  # fmt: skip
+            needs_marker = len(xs) < 40 or len(names) > len(COLOURS)
+            axis.plot([value / unit for value in xs], ys, color=colour, linewidth=1.4, label=run, markersize=3,
+                      marker=marker if needs_marker else None, markevery=max(1, len(xs) // 40))  # fmt: skip
         is_lowest = axis in axes[len(found) - columns :]
         axis.set(title=PANELS.get(quantity) or PARTS[quantity], xlabel=word if is_lowest else "")
         axis.set_ylim(bottom=0 if quantity in ("lr", "images_per_second") else None)
@@ -1068,9 +1112,19 @@ def results_of(folder):
     return found
 
 
+def flags_and_model(run):
+    """{flag: value} of a run folder: of what nobody gave, what the model has. {} where it is none."""
+    config = config_of_run(run)
+    given = {name: value for name, value in config.get("args", {}).items() if value is not None}
+    return {**(config.get("model") or {}), **given} if given else {}
+
+
 def is_complete(run, flags):
     """Whether a pretraining run has taken all of its steps: one that was stopped may have been probed, too."""
-    last = read_log(run)[-1]
+    try:
+        last = read_log(run)[-1]
+    except UserError:
+        return False
     if flags.get("steps"):
         return last["step"] >= flags["steps"]
     return last.get("epoch") is None or last["epoch"] >= flags["epochs"] - 1e-3
@@ -1085,10 +1139,13 @@ def sweep_of(runs, keys, task=None):
         if not results:
             left_out.append(f"{folder}: no result{' of ' + task if task else ''} yet")
         for result, run in results:
-            flags = config_of_run(run).get("args", {})
+            flags = flags_and_model(run)
+            if not flags:
+                left_out.append(f"{run}: no run folder of train.py")
+                continue
             missing = [key for key in keys if key not in flags]
             require(not missing, f"{run} has no flag {', '.join(missing)} in its config.json: choose others of "
-                                 f"{', '.join(flags) or 'a run folder of train.py'}")  # fmt: skip
+                                 f"{', '.join(flags)}")  # fmt: skip
             if not is_complete(run, flags):
                 left_out.append(f"{run}: not trained to its end")
                 continue
@@ -1150,7 +1207,8 @@ def draw_sweep(scores, keys, label):
             offset = 0.012 * span * (number - (len(names) - 1) / 2)
             for place, of in zip(at, values, strict=True):
                 axis.plot([place + offset] * len(of), of, ".", color=colour, markersize=4, alpha=0.7)
-        axis.set(title=f"{keys[0].replace('_', ' ')}: {panel}", xlabel=keys[2].replace("_", " "))
+        title = f"{keys[0].replace('_', ' ')}: {panel}" if len(panels) > 1 else ""
+        axis.set(title=title, xlabel=keys[2].replace("_", " "))
         axis.set_xticks([places[x] for x in xs], [f"{x:g}" if numeric else str(x) for x in xs])
         axis.grid(axis="y", color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
@@ -1182,6 +1240,12 @@ def default_folder(task, args):
     return f"runs/pictures-{'-'.join(names)}"
 
 
+KINDS = {"masks": Masks, "reconstruct": Reconstruct, "attention": Attention, "embedding": Embedding,
+         "targets": Targets, "crops": Crops, "curves": Curves, "sweep": Sweep}  # fmt: skip
+COMMANDS = {"masks": masks, "reconstruct": reconstruct, "attention": attention, "embedding": embedding,
+            "targets": targets, "crops": crops, "curves": curves, "sweep": sweep}  # fmt: skip
+
+
 def draw(task, args):
     """One sub-command. Raises UserError and RunError."""
     began, run = time.perf_counter(), args.run
@@ -1195,10 +1259,14 @@ def draw(task, args):
     require(not other, f"run folder {folder} holds a run of another kind: pass another --run-dir")
     require(world_size() == 1, "pictures.py draws in one process: start it with python, without a launcher")
     if hasattr(args, "data"):
-        local_path(args.data.images or args.data.dataset)  # a wrong name is told before anything is loaded
+        if args.data.images is None:  # a wrong name is told before anything is loaded
+            local_path(args.data.dataset)
+        else:
+            is_folder = Path(args.data.images).expanduser().is_dir()
+            require(is_folder, f"--images {args.data.images} is no folder: name one with pictures")
         require_positive(args.data, "count")
         require((args.data.count or 0) <= MOST, f"--count {args.data.count} does not fit in a figure: at most {MOST}")
-    figure, found, lines = globals()[task](args)
+    figure, found, lines = COMMANDS[task](args)
     make_run_dir(folder)  # not before: a mistake leaves nothing behind
     save(figure, files)
     result = {"task": task, **found, "output": [str(file) for file in files]}

@@ -54,6 +54,7 @@ from cae import (
     SIZES,
     CAEConfig,
     block_mask,
+    count_masked,
     patch_grid,
     patchify,
     random_mask,
@@ -176,8 +177,8 @@ def build_teacher(args, config):
 
 
 def num_masked(args, config):
-    """ceil(mask ratio * N), so 0.15 of 196 is 30."""
-    return math.ceil(args.target.mask_ratio * config.num_patches - 1e-9)
+    """The number of masked patches, for --mask-ratio."""
+    return count_masked(args.target.mask_ratio, config.num_patches)
 
 
 class Crops:

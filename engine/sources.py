@@ -154,6 +154,17 @@ def take_side(data, column, fraction, held_out):
     return data.select(np.flatnonzero(np.array(answers["held_out"], dtype=bool) == held_out))
 
 
+def with_first_classes(source, count):
+    """A Source with classes, and of its images on disk those of the first so many of them; a stream stays as it is."""
+    names = source.classes[:count]
+    if source.streaming or len(names) == len(source.classes):
+        return source
+    labels = source.data.select_columns([source.label_column])[:][source.label_column]
+    rows = [row for row, label in enumerate(labels)
+            if (label in names if isinstance(label, str) else label is not None and 0 <= label < count)]  # fmt: skip
+    return dataclasses.replace(source, data=source.data.select(rows), num_images=len(rows))
+
+
 def open_builder(dataset, patience=30.0, folder=ImageFolder):
     """The datasets builder of a Hub id, folder or file; `folder` is a LabelKind's. Raises UserError."""
     import datasets

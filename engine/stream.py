@@ -328,10 +328,14 @@ def one_pass(source, view, batch_size, workers, rank=0, world=1):
 
 
 def sample(source, view, count, seed, workers=0):
-    """So many images drawn at random (all, if there are fewer), as a batch of a Stream: the same for the same seed.
-    Raises what ChunkReader.next_chunk raises."""
-    count = min(count, source.num_images or count)
-    return next(Stream(source, view, DataArgs(batch_size=count, workers=workers, parts=1), seed))
+    """So many images drawn at random (all, if there are fewer), as a batch of a Stream: the same for the same seed, on
+    any number of cores. Raises what ChunkReader.next_chunk raises."""
+    data = DataArgs(batch_size=min(count, source.num_images or count), workers=workers, parts=1)
+    if source.streaming:  # one reader, of shards of which each may hold a single class
+        data.workers, data.interleave = min(workers, 1), min(max(data.interleave, source.num_shards), 16)
+    batch = next(Stream(source, view, data, seed))
+    is_first = batch["ids"][:, 0] == 0  # where there are fewer than was thought, the others would come again
+    return {name: values[is_first] for name, values in batch.items()}
 
 
 def join(pieces):

@@ -24,7 +24,7 @@ ENOUGH = 100  # images
 # tenths of what training on an image does (computed: small with CLIP as its teacher; huge at half of the patches).
 SHARE = 1 / 32
 MOST = 10_000  # images in the sample: their accuracy is within a percent of that of all
-READ = 100_000  # images of a stream, about, from which the sample is chosen
+LEAST_READ, READ = 10_000, 100_000  # images of a stream, about, from which the sample is chosen: ten times its own
 FEW = 1000  # images to which loading processes would come too late
 
 
@@ -98,8 +98,9 @@ def chosen(source, wanted):
     run's seed and its number of processes."""
     if source.streaming:  # by their bytes, as --val-fraction does: a shard may hold a single class
         held_out = source.side[0] if source.side else 1.0  # of which a part is chosen
-        images, shards = source.num_images or READ, source.num_shards
-        read = max(1, min(shards, math.ceil(shards * READ * held_out / images)))
+        looked_at = min(READ, max(LEAST_READ, 10 * wanted))
+        images, shards = source.num_images or looked_at, source.num_shards
+        read = max(1, min(shards, math.ceil(shards * looked_at * held_out / images)))
         images = images * read / shards
         share = min(1.0, wanted / max(images, 1))
         return dataclasses.replace(source, side=(share * held_out, True), most_shards=read,

@@ -243,7 +243,7 @@ MISTAKES = [
     Mistake("no jitter", "[*crop, *jitter]", "[*crop]", "tests/test_views.py::test_the_students_view_is_crop_flip_jitter_and_mask"),
     Mistake("--min-block does not reach the masks", ", min_block=self.min_block)", ")", "tests/test_views.py::test_the_students_view_is_crop_flip_jitter_and_mask"),
     Mistake("--mask-ratio rounded down", "math.ceil(args.target.mask_ratio", "math.floor(args.target.mask_ratio", "tests/test_views.py::test_the_students_view_is_crop_flip_jitter_and_mask"),
-    Mistake("--mask-ratio rounded up twice", "config.num_patches - 1e-9)", "config.num_patches)", "tests/test_train.py::test_num_masked_is_a_true_ceiling"),
+    Mistake("--mask-ratio rounded up twice", "return math.ceil(ratio * num_patches - 1e-9)", "return math.ceil(ratio * num_patches)", "tests/test_train.py::test_num_masked_is_a_true_ceiling"),
     Mistake("the mask before the crop", "image = self.transform(image)\n        if self.mask", "torch.rand(4)\n        image = self.transform(image)\n        if self.mask", "tests/test_views.py::test_the_students_view_is_crop_flip_jitter_and_mask"),
     Mistake("blocks always", "if self.mask == \"block\":", "if self.mask:", "tests/test_views.py::test_random_masks_are_uniform_and_blocks_are_not"),
     Mistake("random masks always", "if self.mask == \"block\":", "if self.mask == \"blocks\":", "tests/test_views.py::test_random_masks_are_uniform_and_blocks_are_not"),

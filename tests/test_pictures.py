@@ -10,6 +10,7 @@ from engine.images import CenterCrop, coverage, normalize
 from engine.sources import open_source
 
 import hashlib
+import dataclasses
 import json
 import math
 import sys
@@ -477,7 +478,8 @@ def test_reconstruct(draw, models):
     args = parse(pictures.Reconstruct, ["--dataset", "demo"])
     images = pictures.pictures(args.data, 28, 70, 0)[0] / 255
     assert images.shape == (70, 3, 28, 28)
-    visible, masked = pictures.draw_masks(args, Fake.config, 70, {})
+    count = pictures.resolve_masks(args.target, Fake.config, {})
+    visible, masked = pictures.draw_masks(args, Fake.config, 70, count)
     for model, of in ((nano("cae"), first), (nano("cae", align_weight=0.0), second)):
         pictured, errors = pictures.reconstructed(model, images, visible, masked, of["normalize_pixels"])
         for name, error in errors.items():
@@ -495,7 +497,8 @@ def test_reconstruct(draw, models):
 def test_masks_follow_flags_then_the_run_then_the_recipe(models):
     def drawn(*flags, of_run=None, seed=0):
         args = parse(pictures.Targets, [*flags, "--seed", str(seed)])
-        visible, masked = pictures.draw_masks(args, Fake.config, 40, of_run or {})
+        count = pictures.resolve_masks(args.target, Fake.config, of_run or {})
+        visible, masked = pictures.draw_masks(args, Fake.config, 40, count)
         together = torch.cat([visible, masked], 1).sort(1).values
         assert torch.equal(together, torch.arange(49).expand(40, -1))
         return masked
@@ -509,7 +512,8 @@ def test_masks_follow_flags_then_the_run_then_the_recipe(models):
     generator = torch.Generator().manual_seed(0)
     assert torch.equal(drawn("--min-block", "9"), block_mask(40, (7, 7), 25, min_block=9, generator=generator)[1])
     generator = torch.Generator().manual_seed(0)
-    assert torch.equal(drawn("--mask", "random"), random_mask(40, (7, 7), 25, generator=generator)[1])
+    random = random_mask(40, (7, 7), 25, generator=generator)[1]
+    assert torch.equal(drawn("--mask", "random"), random) and torch.equal(drawn(of_run={"mask": "random"}), random)
 
 
 # Targets.
@@ -539,7 +543,8 @@ def test_targets(draw, models):
     assert [axis.get_ylabel().split("\n")[0] for axis in axes[:6:2]] == ["image", "masked", "cosine"]
     args = parse(pictures.Targets, ["--dataset", "demo"])
     images = pictures.pictures(args.data, 28, 70, 0)[0] / 255
-    visible, masked = pictures.draw_masks(args, Fake.config, 70, {"mask_ratio": 0.25})
+    count = pictures.resolve_masks(args.target, Fake.config, {"mask_ratio": 0.25})
+    visible, masked = pictures.draw_masks(args, Fake.config, 70, count)
     clip = load_frozen(str(CLIP), "--teacher", ("clip_vision_model", "clip"), projection=True)
     of_class, of_patches = pictures.cosines(nano(), clip, images, visible, masked)
     means = {"class": of_class.mean(), "visible": of_patches.gather(1, visible).mean(),
@@ -607,8 +612,8 @@ def test_embedding(draw, models, projection):
     assert [of["encoder"] for of in found.result["encoders"]] == ["random init nano", str(models / "v2"), str(CLIP)]
     assert found.result["classes"] == ["t-shirt", "trouser", "pullover", "dress"] and found.result["pool"] == "mean"
     data = parse(pictures.Embedding, ["--dataset", "demo"]).data
-    images, labels, classes = pictures.pictures(data, 28, 60, 0)
-    assert len(classes) == 10 and (labels < 4).sum() < 60
+    images, labels, classes = pictures.pictures(data, 28, 60, 0, classes=4)
+    assert len(classes) == 4 and 50 < len(labels) <= 60 and labels.max() == 3, "of a stream more are drawn"
     with torch.no_grad():
         features = frozen_cae(nano())(images / 255)
     points = pictures.project(features[:, 1:].mean(1), projection, 0)
@@ -791,9 +796,16 @@ def test_labels_are_those_of_the_pictures(tmp_path):
     write_folder(tmp_path, 80, lambda n: noise_png(n, (12, 12)))
     data = pictures.PictureData(images=str(tmp_path), workers=2)
     images, labels, classes = pictures.pictures(data, 12, 70, 0)
-    assert classes == ["even", "odd"] and labels.tolist() == [0] * 40 + [1] * 30 and images.shape == (70, 3, 12, 12)
+    assert labels is None and classes is None and images.shape == (70, 3, 12, 12), "nobody asked for labels"
     alone = pictures.pictures(pictures.PictureData(images=str(tmp_path), workers=0), 12, 70, 0)[0]
     assert torch.equal(images, alone)
+    for workers in (0, 2):  # at random among all of them, and yet in the order of the data
+        data = pictures.PictureData(images=str(tmp_path), workers=workers)
+        some, labels, classes = pictures.pictures(data, 12, 70, 0, classes=2)
+        assert classes == ["even", "odd"] and labels.tolist() == sorted(labels.tolist()) and len(labels) == 70
+        assert labels.sum() > 30 and not torch.equal(some, images)
+    some, labels, classes = pictures.pictures(data, 12, 70, 0, classes=1)
+    assert classes == ["even"] and labels.tolist() == [0] * 40 and torch.equal(some, images[:40])
 
 
 def test_a_sample_is_that_of_its_seed():
@@ -802,6 +814,11 @@ def test_a_sample_is_that_of_its_seed():
     a, b, c = (engine.stream.sample(source, CenterCrop(28, 1.0), 5, seed) for seed in (0, 0, 1))
     assert torch.equal(a["images"], b["images"]) and not torch.equal(a["images"], c["images"])
     assert len(a["labels"]) == 5
+    for workers in (1, 3):  # and of no number of cores
+        again = engine.stream.sample(source, CenterCrop(28, 1.0), 5, 0, workers)
+        assert torch.equal(a["images"], again["images"])
+    unknown = dataclasses.replace(source, num_images=None)
+    assert len(engine.stream.sample(unknown, CenterCrop(28, 1.0), 1100, 0)["images"]) == 1000, "none twice"
 
 
 # Curves.
@@ -920,6 +937,31 @@ def test_a_sweep_groups_runs_by_their_flags(swept):
     cropped = [write_probed(swept / f"c{low}", low, crop_scale=[low, 1.0]) for low in (0.2, 0.6)]
     assert set(pictures.sweep_of(cropped, ("supervise", "size", "crop_scale"))[0]) == {
         ("both", "nano", "0.2 1.0"), ("both", "nano", "0.6 1.0")}  # fmt: skip
+
+
+def test_what_a_sweep_cannot_use_is_left_out(tmp_path):
+    """A run whose log is lost, an encoder that is no run; and of a flag that nobody gave counts what the model has."""
+    whole, lost = write_probed(tmp_path / "whole", 50.0, regressor_depth=None), write_probed(tmp_path / "lost", 90.0)
+    (tmp_path / "lost" / "log.jsonl").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "result.json").write_text('{"task": "knn", "top1": 66.0, "encoder": "random init nano"}')
+    scores, _, left_out = pictures.sweep_of([whole, lost, str(tmp_path / "other")], KEYS)
+    assert scores == {("both", "nano", 0.5): [50.0]}
+    assert left_out == [f"{lost}: not trained to its end", "random init nano: no run folder of train.py"]
+    config = json.loads((tmp_path / "whole" / "config.json").read_text())
+    (tmp_path / "whole" / "config.json").write_text(json.dumps({**config, "model": {"regressor_depth": 2}}))
+    given = write_probed(tmp_path / "given", 60.0, regressor_depth=2)
+    keys = ("supervise", "size", "regressor_depth")
+    assert pictures.sweep_of([whole, given], keys)[0] == {("both", "nano", 2): [50.0, 60.0]}
+
+
+def test_names_of_runs(tmp_path):
+    """A folder may have = in its name; two runs of one name would be one line."""
+    odd = str(write_run(tmp_path / "lr=0.1", [line_of(1, loss=1.0)]))
+    assert list(pictures.curves_of([odd], "step")["loss"]) == [odd]
+    assert list(pictures.curves_of([f"{odd}=mine"], "step")["loss"]) == ["mine"]
+    with pytest.raises(UserError, match="two runs are called mine: give RUN=NAME"):
+        pictures.curves_of([f"{odd}=mine", f"{odd}=mine"], "step")
 
 
 @pytest.mark.parametrize("form", ["", "/model"])

@@ -9,8 +9,8 @@ from engine.frozen import load_frozen
 from engine.images import CenterCrop, coverage, normalize
 from engine.sources import open_source
 
-import hashlib
 import dataclasses
+import hashlib
 import json
 import math
 import sys

@@ -471,7 +471,8 @@ def save(figure, files):
         kind = file.suffix.removeprefix(".")
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(temporary, format=kind, dpi=160, metadata=metadata[kind])
+            figure.savefig(temporary, format=kind, dpi=160, bbox_inches="tight", pad_inches=0.05,
+                           metadata=metadata[kind])  # fmt: skip
             publish(temporary, file)
         except OSError as error:
             temporary.unlink(missing_ok=True)

@@ -135,7 +135,7 @@ def test_whatever_is_read_a_stopped_run_ends_as_the_whole_one(kind, flags, stops
 
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(workers, tmp_path, monkeypatch):
-    flags = ["--shuffle-window", "32", "--interleave", "1", "--workers", workers]
+    flags = ["--shuffle-window", "32", "--interleave", "1", "--workers", workers, "--probe-every", "0"]
     run(tmp_path / "whole", *flags)
 
     def dies(*args, gone=[]):  # noqa: B006 (once for all shards)

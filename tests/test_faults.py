@@ -157,6 +157,8 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(workers, tmp_pa
 @pytest.mark.parametrize("workers", ["0", "1"])
 def test_a_signal_is_heard_while_a_server_is_away(workers, reference, tmp_path, monkeypatch, capsys):
     """The patience is 30 minutes; a preempted machine has one."""
+    flags = ["--shuffle-window", "64", "--interleave", "1", "--workers", workers, "--probe-every", "0"]
+
     def hang(*_):
         time.sleep(1000)
 
@@ -166,13 +168,13 @@ def test_a_signal_is_heard_while_a_server_is_away(workers, reference, tmp_path, 
                                                                       iter(hang, None)))  # fmt: skip
         after_step(patch, 4, lambda: threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start())
         with pytest.raises(SystemExit) as caught:
-            run(tmp_path / "run", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
+            run(tmp_path / "run", *flags)
     assert caught.value.code == 0 and "stopped by SIGTERM after step" in capsys.readouterr().out
     last = steps_of(tmp_path / "run")[-1]
     assert last_step(tmp_path / "run") == last < 8
     stop_workers()
-    run(tmp_path / "run", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
-    run(tmp_path / "whole", "--shuffle-window", "64", "--interleave", "1", "--workers", workers)
+    run(tmp_path / "run", *flags)
+    run(tmp_path / "whole", *flags)
     assert_same(tmp_path / "run", tmp_path / "whole")
 
 

@@ -283,8 +283,9 @@ def load_model(checkpoint):
 
 
 def open_encoder(origin, seed, of_cae, of_transformers):
-    """What probe.py and finetune.py start from: of_cae(model) of a CAE, trained or at random, or of_transformers(folder
-    or Hub id, its config.json). `origin` is the group of --checkpoint and --random-init. Raises UserError."""
+    """What load_encoder and finetune.py start from: of_cae(model) of a CAE, trained or at random, or
+    of_transformers(folder or Hub id, its config.json). `origin` is the group of --checkpoint and --random-init. Raises
+    UserError."""
     from engine.frozen import transformers_config
 
     name, size = origin.checkpoint, origin.random_init
@@ -319,6 +320,17 @@ def frozen_cae(model):
     config = model.config
     kind = Kind(config.method, tokens, IMAGENET_MEAN, IMAGENET_STD, attention)
     return Frozen(model, kind, config.image_size, config.patch_size, config.dim, config.heads)
+
+
+def load_encoder(origin, seed=0):
+    """engine.frozen.Frozen of a checkpoint of any kind, or of random weights: what probe.py and pictures.py look at.
+    Raises UserError."""
+    from engine.frozen import load_frozen
+
+    def of_transformers(name, config):
+        return load_frozen(name, "--checkpoint", config=config)
+
+    return open_encoder(origin, seed, frozen_cae, of_transformers)
 
 
 def weights_of(encoder):

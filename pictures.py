@@ -17,24 +17,27 @@ from engine.arguments import (
     AutoInt,
     AutoStr,
     DeviceArgs,
+    Floats,
     ImagesArgs,
+    Strs,
     as_name,
     fill,
     local_path,
     name_of_data,
     parse,
+    require_crop_scale,
     require_positive,
     resolve_images,
     world_size,
 )
-from engine.checkpoints import config_of_run, make_run_dir, newest_weights
+from engine.checkpoints import config_of_run, flags_of_checkpoint, make_run_dir, newest_weights
 from engine.errors import RunError, UserError, command_line, first_line, require
 from engine.evaluation import psnr
 from engine.files import publish
 from engine.frozen import load_frozen
 from engine.images import CenterCrop, RandomCrop, coverage, normalize, resize
 from engine.run import make_accelerator, print_result, write_result
-from engine.sources import open_source, open_splits, with_first_classes
+from engine.sources import EVALUATION_SPLITS, open_source, open_splits, with_first_classes
 from engine.stream import one_pass, sample
 
 import json
@@ -64,18 +67,16 @@ from cae import (
     take,
     unpatchify,
 )
-from convert import frozen_cae, load_model, open_encoder, weights_of
+from convert import load_encoder, load_model, weights_of
 
 # ----------------------------------------------------------------------------------------------------------------
 # Flags: one dataclass for each sub-command. Values of None follow from others.
 
-Strs = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 Runs = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
 SizeOrRun = Annotated[str | None, tyro.conf.arg(metavar="|".join([*SIZES, "RUN"]), help_behavior_hint="")]
 BlockOrRandom = Annotated[
     Literal["block", "random"] | None, tyro.conf.arg(metavar="block|random", help_behavior_hint="")
 ]
-Floats = Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")]
 
 
 @dataclass
@@ -315,7 +316,7 @@ def open_pictures(data, labelled=False):
         fill(data, "split", "train")
     if data.split is None:
         splits = list(open_splits(data.dataset, data.patience))
-        data.split = next((name for name in ("validation", "val", "valid", "test") if name in splits), splits[0])
+        data.split = next((name for name in EVALUATION_SPLITS if name in splits), splits[0])
     held_out = data.val_fraction is not None
     source = open_source(data, held_out=held_out)
     try:
@@ -368,21 +369,20 @@ def load_cae(checkpoint, method, what):
     return model
 
 
-def flags_of_run(checkpoint):
-    """{flag: value} of the run that a checkpoint is from, where it is a run folder or its model/; otherwise {}."""
-    folder = Path(checkpoint).expanduser()
-    return config_of_run(folder.parent if folder.name == "model" else folder).get("args", {}) if folder.is_dir() else {}
-
-
 def resolve_masks(target, config, flags):
     """Fill in MaskArgs by the flags of a run; the number of masked patches. Raises UserError."""
     fill(target, "mask", flags.get("mask", "block"))
     fill(target, "mask_ratio", flags.get("mask_ratio", 0.5))
     fill(target, "min_block", flags.get("min_block") or smallest_block(config.grid))
-    masked = count_masked(target.mask_ratio, config.num_patches)
-    require(0 < target.mask_ratio < 1 and 0 < masked < config.num_patches,
-            f"--mask-ratio {target.mask_ratio} masks {masked} of {config.num_patches} patches")  # fmt: skip
     require_positive(target, "min_block")
+    return masked_patches(target.mask_ratio, config.num_patches)
+
+
+def masked_patches(ratio, patches):
+    """How many of so many patches a --mask-ratio masks. Raises UserError."""
+    masked = count_masked(ratio, patches)
+    require(0 < ratio < 1 and 0 < masked < patches,
+            f"--mask-ratio {ratio} masks {masked} of {patches} patches: one must be masked, one visible")  # fmt: skip
     return masked
 
 
@@ -413,7 +413,7 @@ MASKED = (0.35, 0.45, 0.75)  # of a masked patch: neither grey as a picture's sh
 HEAT = "inferno"  # from dark to light, also in grey
 
 
-def canvas(width, height, **options):
+def canvas(width, height):
     """A matplotlib Figure of so many inches; no window, no state. Its text is legible at half of its size."""
     import matplotlib
     from matplotlib.figure import Figure
@@ -426,7 +426,7 @@ def canvas(width, height, **options):
         "legend.frameon": False,
         "svg.hashsalt": "cae",  # names within an .svg are the same each time
     })  # fmt: skip
-    return Figure(figsize=(width, height), layout="constrained", **options)
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def picture_grid(rows, columns, cell=1.15, beside=0.0, above=0.0):
@@ -434,10 +434,23 @@ def picture_grid(rows, columns, cell=1.15, beside=0.0, above=0.0):
     figure = canvas(cell * columns + beside, cell * rows + above)
     figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0.0, hspace=0.0)
     axes = figure.subplots(rows, columns, squeeze=False)
+    make_bare(axes)
+    return figure, axes
+
+
+def make_bare(axes):
+    """Axes of pictures: without ticks and frames."""
     for axis in axes.flat:
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-    return figure, axes
+
+
+def legend_of(figure, axes, **options):
+    """One legend of all that is named in any of the axes, beside or above them."""
+    handles = {}
+    for axis in axes:
+        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), **options)
 
 
 def as_picture(image):
@@ -455,15 +468,15 @@ def cover(images, masked, patch_size):
     return unpatchify(patches, patch_size, grid)
 
 
-def shown_map(axis, image, values, vmax=None):
+def show_map(axis, image, values):
     """A map of patches (rows, columns) over a picture in grey, each patch a square."""
     height, width = image.shape[-2:]
     axis.imshow(as_picture(image).mean(axis=-1), cmap="gray", vmin=0, vmax=1, extent=(0, width, height, 0))
-    return axis.imshow(values.cpu().numpy(), cmap=HEAT, vmin=0, vmax=vmax, alpha=0.65, extent=(0, width, height, 0))
+    axis.imshow(values.cpu().numpy(), cmap=HEAT, vmin=0, alpha=0.65, extent=(0, width, height, 0))
 
 
 def save(figure, files):
-    """Write a figure to each of the files, under a temporary name first. Raises UserError and RunError."""
+    """Write a figure to each of the files, under a temporary name first. Raises RunError."""
     for file in files:
         temporary = file.with_name(f".{file.name}.tmp")
         # neither the date nor a version: the same figure is the same file
@@ -494,10 +507,7 @@ def masks(args):
             f"--image-size {model.image_size} is not divisible by --patch-size {model.patch_size}")  # fmt: skip
     grid = (model.image_size // model.patch_size,) * 2
     fill(model, "min_block", smallest_block(grid))
-    counts = {ratio: count_masked(ratio, grid[0] * grid[1]) for ratio in model.mask_ratio}
-    for ratio, masked in counts.items():
-        require(0 < masked < grid[0] * grid[1],
-                f"--mask-ratio {ratio} masks {masked} of {grid[0] * grid[1]} patches: one must be masked, one visible")
+    counts = {ratio: masked_patches(ratio, grid[0] * grid[1]) for ratio in model.mask_ratio}
     require(counts, "--mask-ratio is empty: 0.15 0.5")
     fill(data, "count", 4)
     images = pictures(data, model.image_size, data.count, args.run.seed)[0] / 255        # (B, 3, S, S)
@@ -571,7 +581,7 @@ def reconstruct(args):
                 f"--checkpoint {checkpoint} has another grid of patches than the first: draw it by itself")
     fill(data, "count", 8)
     require_positive(choice, "measured")
-    flags = [flags_of_run(checkpoint) for checkpoint in choice.checkpoint]
+    flags = [flags_of_checkpoint(checkpoint) for checkpoint in choice.checkpoint]
     masked = resolve_masks(args.target, config, flags[0])
     accelerator = accelerator_of(args)
     device = accelerator.device
@@ -591,7 +601,8 @@ def reconstruct(args):
             pixels, visible, masked = (part.to(device) for part in batch)
             with accelerator.autocast():
                 shown, error = reconstructed(model, pixels / 255, visible, masked, normalized)
-            parts.append({name: picture.cpu() for name, picture in shown.items()})
+            if len(parts) * data.batch_size < data.count:  # the others are measured only
+                parts.append({name: picture.cpu() for name, picture in shown.items()})
             errors = {name: total + error[name] * len(pixels) / len(images) for name, total in errors.items()}
         decibels = {name: round(psnr(error), 2) for name, error in errors.items()}
         found.append({"checkpoint": checkpoint, "align_weight": model.config.align_weight,
@@ -599,11 +610,10 @@ def reconstruct(args):
         lines.append(f"{short_name(checkpoint):44}{decibels['regressed']:8.2f}{decibels['encoded']:9.2f}")
         shown = {name: torch.cat([part[name] for part in parts])[: data.count] for name in parts[0]}
         columns.append((titles[checkpoint], shown, decibels))
-    images, masked = images[: data.count] / 255, index[1][: data.count]
-    figure = draw_reconstructions(images, masked, config.patch_size, columns)
+    few = images[: data.count] / 255
+    figure = draw_reconstructions(few, index[1][: data.count], config.patch_size, columns)
     result = {"models": found, "mask": args.target.mask, "mask_ratio": args.target.mask_ratio,
-              "masked": masked.shape[1], "images": len(images),
-              "measured": sum(len(part["encoded"]) for part in parts)}  # fmt: skip
+              "masked": index[1].shape[1], "images": len(few), "measured": len(images)}  # fmt: skip
     return figure, result, lines
 
 
@@ -669,7 +679,7 @@ def attention(args):
     if choice.probe and not (choice.checkpoint or choice.random_init):
         choice.checkpoint = config_of_run(choice.probe).get("args", {}).get("checkpoint")
     require(bool(choice.checkpoint) != bool(choice.random_init), "give either --checkpoint or --random-init")
-    encoder = open_frozen(choice.checkpoint, choice.random_init, args.run.seed)
+    encoder = load_encoder(choice, args.run.seed)
     fill(choice, "image_size", encoder.image_size)
     size, patch = choice.image_size, encoder.patch_size
     require(size > 0 and size % patch == 0,
@@ -712,14 +722,8 @@ def draw_attention(images, columns, grid):
     for column, (title, maps) in enumerate(columns, start=1):
         axes[0, column].set_title(title)
         for axis, image, values in zip(axes[:, column], images, maps, strict=True):
-            shown_map(axis, image, values.view(grid))
+            show_map(axis, image, values.view(grid))
     return figure
-
-
-def open_frozen(checkpoint, random_init, seed):
-    """Frozen of a checkpoint of any kind, or of random weights. Raises UserError."""
-    origin = SimpleNamespace(checkpoint=checkpoint, random_init=random_init)
-    return open_encoder(origin, seed, frozen_cae, lambda name, config: load_frozen(name, "--checkpoint", config=config))
 
 
 # ----------------------------------------------------------------------------------------------------------------
@@ -765,32 +769,35 @@ def project(features, kind, seed):
 
 def embedding(args):
     data, choice = args.data, args.encoder
-    origins = [(None, choice.random_init)] if choice.random_init else []
-    origins += [(checkpoint, None) for checkpoint in choice.checkpoint]
+    origins = [SimpleNamespace(checkpoint=None, random_init=choice.random_init)] if choice.random_init else []
+    origins += [SimpleNamespace(checkpoint=checkpoint, random_init=None) for checkpoint in choice.checkpoint]
     require(origins, "give --checkpoint or --random-init")
     require_positive(choice, "classes")
     require(choice.points >= 4, f"--points {choice.points} is too few: at least four are needed")
     fill(data, "count", 8)
     accelerator, panels, strips, found = accelerator_of(args), [], [], []
-    for checkpoint, random_init in origins:
-        encoder = open_frozen(checkpoint, random_init, args.run.seed).to(accelerator.device)
+    wanted, of_size = max(choice.points, data.count), {}  # what was read for an encoder of this size before
+    for origin in origins:
+        encoder = load_encoder(origin, args.run.seed).to(accelerator.device)
         if args.run.compile:
             encoder.compile()
-        name = short_name(checkpoint) if checkpoint else f"random weights, {short_name(random_init)}"
-        wanted = max(choice.points, data.count)
-        images, labels, classes = pictures(data, encoder.image_size, wanted, args.run.seed, choice.classes)
+        name = short_name(origin.checkpoint or f"random weights, {short_name(origin.random_init)}")
+        size = encoder.image_size
+        if size not in of_size:
+            of_size[size] = pictures(data, size, wanted, args.run.seed, choice.classes)
+        images, labels, classes = of_size[size]
         require(len(images) >= 4, f"{data.dataset} holds {len(images)} pictures to show: at least four are needed")
         of_image = {"class": lambda tokens: tokens[:, 0], "mean": lambda tokens: tokens[:, 1:].mean(dim=1)}[choice.pool]
         features = encode(encoder, images[: choice.points], accelerator, data.batch_size, of_image)  # (n, D)
         few = images[: data.count]
         patches = encode(encoder, few, accelerator, data.batch_size, lambda tokens: tokens[:, 1:])  # (B, N, D)
         colours = as_colours(principal_components(patches.flatten(0, 1), 3))             # (B N, 3)
-        grid = (encoder.image_size // encoder.patch_size,) * 2
+        grid = (size // encoder.patch_size,) * 2
         points = project(features, choice.projection, args.run.seed)                     # (n, 2)
         labels = None if labels is None else labels[: len(points)]
         panels.append((name, points, labels))
         strips.append((name, few / 255, colours.view(len(few), *grid, 3)))
-        found.append({"encoder": checkpoint or f"random init {random_init}", "points": len(points)})
+        found.append({"encoder": origin.checkpoint or f"random init {origin.random_init}", "points": len(points)})
         if labels is not None:
             nearest = torch.cdist(points, points).fill_diagonal_(math.inf).argmin(dim=1)
             found[-1]["same_class"] = round(100 * (labels[nearest] == labels).double().mean().item(), 2)
@@ -822,9 +829,7 @@ def draw_embedding(panels, strips, classes, what):
     if classes:
         above.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", markerscale=2, fontsize=9)
     axes = below.subplots(1 + len(strips), count, squeeze=False)
-    for axis in axes.flat:
-        axis.set(xticks=[], yticks=[])
-        axis.spines[:].set_visible(False)
+    make_bare(axes)
     for number, row in enumerate([strips[0][1], *(colours for _, _, colours in strips)]):
         title = strips[number - 1][0] if number else "image"
         axes[number, 0].set_ylabel(title.replace(", ", "\n"), rotation=0, ha="right", va="center", fontsize=9)
@@ -854,7 +859,7 @@ def cosines(model, teacher, images, visible, masked):
 def targets(args):
     data, choice = args.data, args.encoder
     model = load_cae(choice.checkpoint, "cae-v2", "a run folder of train.py, of CAE v2,")
-    config, flags = model.config, flags_of_run(choice.checkpoint)
+    config, flags = model.config, flags_of_checkpoint(choice.checkpoint)
     masked = resolve_masks(args.target, config, flags)
     fill(choice, "teacher", flags.get("teacher") or "openai/clip-vit-base-patch16")
     teacher = load_frozen(choice.teacher, "--teacher", ("clip_vision_model", "clip"), projection=True)
@@ -884,8 +889,7 @@ def targets(args):
              for name, of in (("class", of_class), ("visible", of_visible), ("masked", of_masked))}  # fmt: skip
     result = {"checkpoint": choice.checkpoint, "teacher": choice.teacher, "supervise": config.supervise,
               "mask": args.target.mask, "mask_ratio": args.target.mask_ratio, "masked": index[1].shape[1],
-              "cosine": means,
-              "measured": len(images)}  # fmt: skip
+              "cosine": means, "measured": len(images)}  # fmt: skip
     lines = [f"mean cosine to CLIP's latents, {len(images)} images:  class token {means['class']:.3f}  visible patches "
              f"{means['visible']:.3f}  masked patches {means['masked']:.3f}"]  # fmt: skip
     if config.supervise == "visible":
@@ -957,11 +961,8 @@ def frequencies(asked, seed):
 def crops(args):
     asked = args.target
     require_positive(asked, "height", "width", "grid", "min_block", "draws")
-    low, high = asked.crop_scale
-    require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
-    count = count_masked(asked.mask_ratio, asked.grid**2)
-    require(0 < asked.mask_ratio < 1 and 0 < count < asked.grid**2,
-            f"--mask-ratio {asked.mask_ratio} masks {count} of {asked.grid**2} patches")  # fmt: skip
+    require_crop_scale(asked)
+    masked_patches(asked.mask_ratio, asked.grid**2)
     maps = frequencies(asked, args.run.seed)
     found = {}
     for name, values in maps.items():
@@ -999,21 +1000,19 @@ def draw_crops(maps):
 # ----------------------------------------------------------------------------------------------------------------
 # Curves and sweep: of runs, without a model.
 
-PANELS = {  # by the names of log.jsonl
+PANELS = {  # by the names of log.jsonl, in this order
     "loss": "loss",
+    "loss_cls": "loss, class token",
+    "loss_visible": "loss, visible patches",
+    "loss_masked": "loss, masked patches",
+    "loss_reconstruct": "loss, reconstruction",
+    "loss_align": "loss, alignment",
     "knn_top1": "kNN top-1, %",
     "top1": "top-1, %",
     "miou": "mIoU, %",
     "ap": "AP, %",
     "lr": "learning rate",
     "images_per_second": "images/s",
-}
-PARTS = {
-    "loss_cls": "loss, class token",
-    "loss_visible": "loss, visible patches",
-    "loss_masked": "loss, masked patches",
-    "loss_reconstruct": "loss, reconstruction",
-    "loss_align": "loss, alignment",
 }
 
 
@@ -1043,13 +1042,13 @@ def curves_of(runs, x):
         require(name not in names, f"two runs are called {name}: give RUN=NAME")
         names.add(name)
         for line in read_log(folder):
-            for quantity in (*PANELS, *PARTS):
+            for quantity in PANELS:
                 value = line.get(quantity)
                 if isinstance(value, (int, float)) and math.isfinite(value) and line.get(x) is not None:
                     xs, ys = found.setdefault(quantity, {}).setdefault(name, ([], []))
                     xs.append(line[x])
                     ys.append(value)
-    return {quantity: found[quantity] for quantity in (*PARTS, *PANELS) if quantity in found}
+    return {quantity: found[quantity] for quantity in PANELS if quantity in found}
 
 
 def curves(args):
@@ -1057,11 +1056,10 @@ def curves(args):
     require(choice.runs, "name run folders: pictures.py curves runs/a runs/b")
     found = curves_of(choice.runs, choice.x)
     require(found, f"the logs of {', '.join(choice.runs)} have nothing to draw against {choice.x}: try --x step")
-    parts = [quantity for quantity in found if quantity in PARTS]
-    found = {name: found[name] for name in sorted(found, key=lambda name: (name != "loss", name not in PARTS))}
+    parts = [quantity for quantity in found if quantity.startswith("loss_")]
     last = {quantity: {run: ys[-1] for run, (_, ys) in of.items()} for quantity, of in found.items()}
     names = list(dict.fromkeys(run for of in found.values() for run in of))
-    lines = [f"{'at the end':30}" + "".join(f"{PANELS.get(q) or PARTS[q]:>24}" for q in last)]
+    lines = [f"{'at the end':30}" + "".join(f"{PANELS[quantity]:>24}" for quantity in last)]
     lines += [f"{run:30}" + "".join(f"{of[run]:24.4g}" if run in of else f"{'-':>24}" for of in last.values())
               for run in names]  # fmt: skip
     return draw_curves(found, names, choice.x), {"runs": list(choice.runs), "last": last, "parts": parts}, lines
@@ -1085,17 +1083,14 @@ def draw_curves(found, names, x):
             axis.plot([value / unit for value in xs], ys, color=colour, linewidth=1.4, label=run, markersize=3,
                       marker=marker if needs_marker else None, markevery=max(1, len(xs) // 40))  # fmt: skip
         is_lowest = axis in axes[len(found) - columns :]
-        axis.set(title=PANELS.get(quantity) or PARTS[quantity], xlabel=word if is_lowest else "")
+        axis.set(title=PANELS[quantity], xlabel=word if is_lowest else "")
         axis.set_ylim(bottom=0 if quantity in ("lr", "images_per_second") else None)
-    handles = {}
-    for axis in axes[: len(found)]:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=min(4, len(handles)))
+    legend_of(figure, axes[: len(found)], loc="outside upper center", ncols=min(4, len(names)))
     return figure
 
 
 def results_of(folder):
-    """[(result, flags of the pretraining run)] of a run folder with those of probes in it, or of a probe's own."""
+    """[({"task", "score"}, folder of the pretraining run)] of a run folder with probes in it, or of a probe's own."""
     folder = Path(folder).expanduser()
     files = [folder / "result.json"] if (folder / "result.json").exists() else sorted(folder.glob("*/result.json"))
     found = []
@@ -1214,10 +1209,7 @@ def draw_sweep(scores, keys, label):
         axis.grid(axis="y", color="0.9", linewidth=0.8)
         axis.set_axisbelow(True)
     axes[0].set_ylabel(label)
-    handles = {}
-    for axis in axes:
-        handles |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(handles.values(), handles.keys(), title=keys[1].replace("_", " "), loc="outside right center")
+    legend_of(figure, axes, title=keys[1].replace("_", " "), loc="outside right center")
     return figure
 
 

@@ -17,10 +17,13 @@ from engine.arguments import (
     AutoStr,
     DataArgs,
     DeviceArgs,
+    Floats,
     ImagesArgs,
+    Ints,
     LabelArgs,
     Mark,
     RunArgs,
+    Strs,
     default_run_dir,
     fill,
     fitting_batch,
@@ -35,7 +38,6 @@ from engine.arguments import (
 from engine.checkpoints import args_of_run, make_run_dir, write_config
 from engine.errors import UserError, command_line, first_line, require
 from engine.evaluation import KS, PUBLISHED, accuracy, evaluation_batches, knn, warn_if_seen
-from engine.frozen import load_frozen
 from engine.images import CenterCrop, crop_and_flip, crop_ratio, to_device
 from engine.run import Run, join_statistics, length_of_run
 from engine.seeds import permutation, seed_of
@@ -59,7 +61,7 @@ import tyro
 from einops import rearrange
 
 from cae import LN_EPS, SIZES, CrossAttention
-from convert import frozen_cae, open_encoder, weights_of
+from convert import load_encoder, weights_of
 
 # ----------------------------------------------------------------------------------------------------------------
 # Flags: one dataclass for each sub-command, of groups that share fields. Values of None follow from others.
@@ -68,11 +70,6 @@ Scale = Annotated[tuple[float, float] | None, tyro.conf.arg(metavar="FLOAT FLOAT
 Channels = Annotated[
     tuple[float, float, float] | None, tyro.conf.arg(metavar="FLOAT FLOAT FLOAT", help_behavior_hint="")
 ]
-
-
-Floats = Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")]
-Ints = Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")]
-Strs = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 
 
 @dataclass
@@ -275,11 +272,6 @@ def task_of(args):
 
 # ----------------------------------------------------------------------------------------------------------------
 # The encoder: pixels in [0, 1] (B, 3, H, W) -> tokens (B, 1 + N, D), class token first, after its last norm.
-
-
-def load_encoder(args, seed=0):
-    """EncoderArgs -> Frozen. Raises UserError."""
-    return open_encoder(args, seed, frozen_cae, lambda name, config: load_frozen(name, "--checkpoint", config=config))
 
 
 # ----------------------------------------------------------------------------------------------------------------

@@ -49,6 +49,10 @@ def marks_of(args):
 AutoInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 AutoFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 AutoStr = Annotated[str | None, tyro.conf.arg(metavar="STR", help_behavior_hint="")]
+# Any number of them.
+Ints = Annotated[tuple[int, ...], tyro.conf.arg(help_behavior_hint="")]
+Floats = Annotated[tuple[float, ...], tyro.conf.arg(help_behavior_hint="")]
+Strs = Annotated[tuple[str, ...], tyro.conf.arg(help_behavior_hint="")]
 
 
 @dataclass
@@ -223,10 +227,14 @@ def require_not_negative(group, *names):
         require(value >= 0, f"--{name.replace('_', '-')} is {value}: it must not be negative")
 
 
-def require_views(group):
-    """The two values that crop_and_flip takes."""
+def require_crop_scale(group):
     low, high = group.crop_scale
     require(0 < low <= high <= 1, f"--crop-scale is {low} {high}: two areas with 0 < first <= second <= 1")
+
+
+def require_views(group):
+    """The two values that crop_and_flip takes."""
+    require_crop_scale(group)
     require(0 <= group.flip <= 1, f"--flip is {group.flip}: it must lie between 0 and 1")
 
 

@@ -154,6 +154,13 @@ def config_of_run(folder):
         raise UserError(f"{written} is damaged: {first_line(error)}; choose another --run-dir") from error
 
 
+def flags_of_checkpoint(checkpoint):
+    """{flag: value} of the run that a --checkpoint is from, where it is a run folder or its model/; otherwise {}.
+    Raises UserError."""
+    folder = Path(checkpoint).expanduser()
+    return config_of_run(folder.parent if folder.name == "model" else folder).get("args", {})
+
+
 def run_to_resume(run):
     """(run folder, checkpoint or None) that --resume names. Raises UserError."""
     if run.resume in ("auto", "never"):

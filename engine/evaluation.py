@@ -1,6 +1,6 @@
 """How good is it? Accuracy over all ranks, weighted kNN, and published figures to print beside ours."""
 
-from engine.checkpoints import config_of_run
+from engine.checkpoints import flags_of_checkpoint
 from engine.errors import BadFilesError, RunError, printable
 from engine.images import to_device
 from engine.log import watch
@@ -103,8 +103,7 @@ def evaluation_chunks(accelerator, source, view, data, what, skipped):
 
 def warn_if_seen(checkpoint, data):
     """Say if the run that a checkpoint came from has learned from images that --val-fraction holds out now."""
-    folder = Path(checkpoint or "")
-    args = config_of_run(folder.parent if folder.name == "model" else folder).get("args", {})
+    args = flags_of_checkpoint(checkpoint or "")
     is_same = Path(args.get("dataset", "")).absolute() == Path(data.dataset).absolute()
     if data.val_fraction is not None and is_same and (args.get("val_fraction") or 0) < data.val_fraction:
         print(printable(f"note: {checkpoint} has learned from the images that are held out here; train.py "

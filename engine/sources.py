@@ -210,6 +210,7 @@ def open_builder(dataset, patience=30.0, folder=ImageFolder):
         raise UserError(f"data set {dataset} cannot be read: {first_line(error)}") from error
 
 
+EVALUATION_SPLITS = ("validation", "val", "valid", "test")  # the first that there is
 MANY_CLASSES = 100_000  # any numbers below, a part of ImageNet-21k's too, may be those of classes
 ENCODED = ("binary", "large_binary", "binary_view")  # encoded images without the metadata that says so
 
@@ -322,7 +323,7 @@ def choose_val_split(data, labels, learn=True, kind=CLASSES):
         return data
     if labels.val_split is None:
         splits = list(open_splits(data.dataset, data.patience, kind.folder))
-        others = [name for name in ("validation", "val", "valid", "test") if name in splits and name != data.split]
+        others = [name for name in EVALUATION_SPLITS if name in splits and name != data.split]
         if not others:
             raise UserError(f"data set {data.dataset} has no split to evaluate on: it has {', '.join(splits)}; {hint}, "
                             "or --val-split")  # fmt: skip

@@ -20,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
 
+import convert
 import dense
 import finetune
 import probe
@@ -192,7 +193,7 @@ def test_segmentation(flags):
 
 def frozen(kind, folder):
     if kind == "cae":
-        return probe.frozen_cae(CAE(CAEConfig.from_size("nano")))
+        return convert.frozen_cae(CAE(CAEConfig.from_size("nano")))
     if kind == "clip":
         return load_frozen(CLIP, "--checkpoint")
     to_beit(CAE(CAEConfig.from_size("nano"))).save_pretrained(folder)

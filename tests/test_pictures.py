@@ -3,6 +3,7 @@ what cae.py and engine/ compute for it; and every sub-command on the demo and on
 
 import engine.stream
 from engine.arguments import DataArgs, parse
+from engine.checkpoints import flags_of_checkpoint
 from engine.errors import UserError
 from engine.evaluation import psnr
 from engine.frozen import load_frozen
@@ -56,7 +57,7 @@ from cae import (
     take,
     unpatchify,
 )
-from convert import frozen_cae, weights_of
+from convert import frozen_cae, load_encoder, weights_of
 
 pytestmark = pytest.mark.usefixtures("seeded")
 CLIP = ROOT / "demo" / "clip_teacher"
@@ -504,9 +505,9 @@ def test_masks_follow_flags_then_the_run_then_the_recipe(models):
         return masked
 
     assert drawn().shape == (40, 25), "half of 49 patches, rounded up"
-    of_run = pictures.flags_of_run(models / "v2")
-    assert of_run["mask_ratio"] == 0.25 and pictures.flags_of_run(models / "v2" / "model") == of_run
-    assert pictures.flags_of_run(models / "vit") == pictures.flags_of_run("some/hub-id") == {}
+    of_run = flags_of_checkpoint(models / "v2")
+    assert of_run["mask_ratio"] == 0.25 and flags_of_checkpoint(models / "v2" / "model") == of_run
+    assert flags_of_checkpoint(models / "vit") == flags_of_checkpoint("some/hub-id") == {}
     assert drawn(of_run=of_run).shape == (40, 13) and drawn("--mask-ratio", "0.1", of_run=of_run).shape == (40, 5)
     assert torch.equal(drawn(), drawn()) and not torch.equal(drawn(), drawn(seed=1))
     generator = torch.Generator().manual_seed(0)
@@ -724,7 +725,7 @@ def test_masks(draw):
 def test_attention(draw, models, name):
     """A column for the mean, one for each head, at a size of one's own."""
     path = CLIP if name == "clip" else models / name
-    encoder = pictures.open_frozen(str(path), None, 0)
+    encoder = load_encoder(SimpleNamespace(checkpoint=str(path), random_init=None))
     size = encoder.image_size + 2 * encoder.patch_size
     flags = ["--dataset", "demo", "--block", 1, "--image-size", size, "--count", 2]
     found = draw("attention", "--checkpoint", path, *flags)

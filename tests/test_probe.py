@@ -42,6 +42,7 @@ from transformers import (
     ViTModel,
 )
 
+import convert
 import probe
 from cae import CAE, CAEConfig
 from convert import released_name, to_beit
@@ -547,7 +548,7 @@ def test_every_argument_is_documented_and_grouped(capsys, command):
 
 
 def parsed(*flags, encoder=None, world=1):
-    encoder = encoder or probe.frozen_cae(CAE(CAEConfig.from_size("tiny", depth=1)))
+    encoder = encoder or convert.frozen_cae(CAE(CAEConfig.from_size("tiny", depth=1)))
     return probe.resolve(parse(probe.Command, [*flags, "--run-dir", "x"]), encoder, world)
 
 
@@ -580,7 +581,7 @@ def test_the_papers_recipes():
 def test_the_released_batches_of_the_linear_probe(size, method, batch):
     """6.4 at 16384, 3.2 at 8192."""
     with torch.device("meta"):
-        encoder = probe.frozen_cae(CAE(CAEConfig.from_size(size, method, depth=1)))
+        encoder = convert.frozen_cae(CAE(CAEConfig.from_size(size, method, depth=1)))
     args = parsed("linear", "--checkpoint", "x", encoder=encoder)
     (group,) = probe.make_heads(args, encoder, 10)[2].param_groups
     assert args.data.effective_batch_size == batch and group["peak"] == pytest.approx(0.1 * batch / 256)
@@ -634,7 +635,7 @@ def test_heads_are_every_combination_and_the_recipe_is_first():
 def test_the_table_shows_the_reference_of_the_same_model():
     for method, size, names in [("cae", "base", ["CAE-B, 300 epochs", "CAE-B, 800 epochs", "CAE-B, 1600 epochs"]),
                                 ("cae-v2", "large", ["CAE v2-L, 300 epochs"]), ("cae-v2", "tiny", [])]:  # fmt: skip
-        encoder = probe.frozen_cae(CAE(CAEConfig.from_size(size, method, depth=1, regressor_depth=1)))
+        encoder = convert.frozen_cae(CAE(CAEConfig.from_size(size, method, depth=1, regressor_depth=1)))
         shown = [row["model"] for row in probe.references("linear", encoder)]
         assert shown[: len(names)] == names and bool(shown) == bool(names)
         assert all(name.split(",")[0].rstrip("/16")[-1] == names[0].split(",")[0][-1] for name in shown)
